@@ -1,0 +1,49 @@
+"""Reward, accuracy, response length and entropy of one or more runs.
+
+    python plots/curves.py runs/A runs/B ... --out curves.png
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+PANELS = [  # metric, axis
+    ("reward/mean", "reward of the training batch"),
+    ("eval/mean/accuracy", "accuracy, mean of the evaluation sets"),
+    ("rollout/response_len", "response length (tokens)"),
+    ("train/entropy", "entropy of the next token (nats)"),
+]
+
+
+def draw(folders, out):
+    """One line a run in each of four panels; a run without a metric has no line there."""
+    figure, axes = plt.subplots(2, 2, figsize=(9, 6), sharex=True, layout="constrained")
+    for folder in map(Path, folders):
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for ax, (metric, _) in zip(axes.flat, PANELS, strict=True):
+            points = [(row["step"], row[metric]) for row in rows if metric in row]
+            if points:
+                ax.plot(*zip(*points, strict=True), marker="o" if len(points) < 20 else None, markersize=4, label=folder.name)
+    for ax, (_, title) in zip(axes.flat, PANELS, strict=True):
+        ax.set_title(title, fontsize=10)
+        ax.grid(alpha=0.3)
+    for ax in axes[1]:
+        ax.set_xlabel("rollouts trained on")
+    axes[0, 1].set_ylim(0, 1)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", fontsize=8)
+    figure.savefig(out, dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", help="run folders")
+    parser.add_argument("--out", default="curves.png", help="the picture [%(default)s]")
+    args = parser.parse_args()
+    draw(args.runs, args.out)
+    print(args.out)

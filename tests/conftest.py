@@ -1,0 +1,66 @@
+import json
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+
+import common
+
+ROOT = Path(__file__).parent.parent
+BASE = str(ROOT / "data" / "tiny" / "base")
+SMALL = [  # a run of seconds: two rollouts of sixteen short responses
+    *("--scale", "laptop", "--steps", "2", "--prompts_per_step", "4", "--group_size", "4", "--minibatches", "2"),
+    *("--max_response_len", "40", "--eval_data", "eval_easy", "--save_every", "1"),
+]
+
+
+@pytest.fixture(scope="session")
+def attention():
+    common.register_attention()
+
+
+@pytest.fixture
+def policy(attention):
+    """The laptop's base model as the trainer holds it."""
+    return load_policy()
+
+
+def load_policy(model=BASE):
+    from transformers import AutoModelForCausalLM
+
+    common.register_attention()
+    return common.Policy(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="packed"))
+
+
+def make_batch(count=12, seed=0, longest=60):
+    """Responses of random tokens and very different lengths."""
+    g = torch.Generator().manual_seed(seed)
+    batch = []
+    for i in range(count):
+        length = int(torch.randint(1, longest, (1,), generator=g))
+        prompt = torch.randint(5, 90, (int(torch.randint(3, 20, (1,), generator=g)),), generator=g).tolist()
+        ids = torch.randint(5, 90, (length,), generator=g)
+        batch.append(common.Response({"id": str(i), "prompt_ids": prompt}, ids, torch.zeros(length), i % 5 == 0, ""))
+    return batch
+
+
+def engine_args(**changes):
+    settings = dict(model=BASE, temperature=1.0, top_p=1.0, top_k=0, max_prompt_len=64, max_response_len=64, seed=1)
+    return Namespace(**(settings | dict(vllm_memory=0.3) | changes))
+
+
+def run_main(monkeypatch, script, *flags):
+    """Runs a script's main() in this process with these flags; -> its metrics"""
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, flags)])
+    script.main()
+    return read_metrics(flags[flags.index("--out") + 1])
+
+
+def read_metrics(folder):
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(row):
+    return {k: v for k, v in row.items() if not k.startswith(("time/", "perf/"))}

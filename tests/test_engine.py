@@ -1,0 +1,144 @@
+"""What both engines owe the trainer: fresh weights, the right log-probabilities, samples that depend on the request alone.
+
+`pytest -m vllm` runs it on the real vLLM, `pytest` on the transformers engine.
+"""
+
+import pytest
+import torch
+from conftest import BASE, SMALL, engine_args, load_policy, run_main, without_times
+
+import common
+import lite_ppo
+
+PROMPTS = ["what is 1 + 2?", "what is 17 - 5 + 3?", "what is 40 + 20 - 13 + 9?", "what is 7 + 7 + 7?"]
+
+
+def make_problems(tokenizer, prompts=PROMPTS):
+    texts = [f"<|user|>{p}<|assistant|>" for p in prompts]
+    return [{"id": f"p{i}", "prompt_ids": tokenizer.encode(text)} for i, text in enumerate(texts)]
+
+
+@pytest.fixture(scope="module", params=["hf", pytest.param("vllm", marks=pytest.mark.vllm)])
+def engine(request):
+    from transformers import AutoTokenizer
+
+    kind = {"hf": common.HfEngine, "vllm": common.VllmEngine}[request.param]
+    engine = kind(engine_args(), AutoTokenizer.from_pretrained(BASE))
+    yield engine
+    engine.close()
+
+
+def shaken(seed, size=0.3):
+    """The laptop's base model after a random change of every weight."""
+    policy, g = load_policy(), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in policy.parameters():
+            p += size * p.std().clamp(min=1e-3) * torch.randn(p.shape, generator=g)
+    return policy
+
+
+def generate(engine, policy, n=8, problems=None, step=0):
+    engine.wake()
+    engine.load(policy)
+    batch = engine.generate(problems or make_problems(engine.tokenizer), n, step)
+    engine.sleep()
+    return batch
+
+
+def gap(policy, batch, temperature=1.0):
+    pack = common.Pack(batch, range(len(batch)))
+    with torch.no_grad():
+        return common.logprobs(policy, pack, temperature)[0] - pack.engine_logp
+
+
+def test_load_brings_the_weights(engine):
+    old, new = shaken(1), shaken(2)
+    batch = generate(engine, old)
+    assert len(batch) == 32
+    print(f"gap after load: {gap(old, batch).abs().max():.1e}, before: mean {gap(new, batch).abs().mean():.3f}")
+    assert gap(old, batch).abs().max() < 1e-4
+    assert gap(new, batch).abs().mean() > 1e-2  # the trainer has moved on, the engine was not told
+    batch = generate(engine, new)
+    assert gap(new, batch).abs().max() < 1e-4
+
+
+def test_the_tied_head_is_loaded_too(engine):
+    policy = load_policy()
+    generate(engine, policy)
+    with torch.no_grad():
+        policy.lm.get_output_embeddings().weight.mul_(1.5)
+    assert policy.lm.get_input_embeddings().weight is policy.lm.get_output_embeddings().weight
+    assert gap(policy, generate(engine, policy)).abs().max() < 1e-4
+
+
+def test_the_prefix_cache_does_not_survive_a_load(engine):
+    long = make_problems(engine.tokenizer, ["what is " + " + ".join("7" * 25) + "?"])  # a prompt of many cache blocks
+    engine.tokenizer.model_max_length = 10**6
+    for seed in (3, 4, 5):
+        policy = shaken(seed)
+        assert gap(policy, generate(engine, policy, problems=long)).abs().max() < 1e-4
+
+
+def test_temperature(engine):
+    policy = load_policy()
+    engine.args.temperature = 0.6
+    try:
+        batch = generate(engine, policy)
+    finally:
+        engine.args.temperature = 1.0
+    assert gap(policy, batch, 0.6).abs().max() < 1e-4
+    assert gap(policy, batch, 1.0).abs().mean() > 1e-3
+
+
+def test_top_k_and_top_p(engine):
+    policy = shaken(6, 1.0)
+    engine.args.top_k, engine.args.top_p = 3, 0.8
+    try:
+        batch = generate(engine, policy)
+    finally:
+        engine.args.top_k, engine.args.top_p = 0, 1.0
+    assert gap(policy, batch).max() < 1e-4  # never likelier to the trainer: the engine shares out what was cut off
+    assert gap(policy, batch).mean() < -0.1
+
+
+def tokens(batch):
+    return [r.ids.tolist() for r in batch]
+
+
+def test_same_seed_same_tokens(engine):
+    policy = shaken(7)
+    assert tokens(generate(engine, policy)) == tokens(generate(engine, policy))
+    assert tokens(generate(engine, policy)) != tokens(generate(engine, policy, step=1))
+
+
+def test_the_responses_of_a_prompt_differ(engine):
+    batch = generate(engine, shaken(8, 1.0))
+    for i in range(4):
+        assert len({tuple(ids) for ids in tokens(batch)[8 * i : 8 * i + 8]}) == 8
+
+
+def test_a_response_does_not_depend_on_its_company(engine):
+    policy, problems = shaken(9), make_problems(engine.tokenizer)
+    together = tokens(generate(engine, policy))
+    alone = [ids for p in reversed(problems) for ids in tokens(generate(engine, policy, problems=[p]))]
+    assert sum(together[8 * i : 8 * i + 8] == alone[24 - 8 * i : 32 - 8 * i] for i in range(4)) == 4
+
+
+def test_order_and_ends(engine):
+    batch = generate(engine, load_policy())
+    assert [r.problem["id"] for r in batch] == [f"p{i}" for i in range(4) for _ in range(8)]
+    for r in batch:
+        assert len(r.ids) == len(r.engine_logp) <= 64
+        assert r.truncated == (r.ids[-1] != engine.tokenizer.eos_token_id)
+        assert not r.truncated or len(r.ids) == 64
+        assert engine.tokenizer.eos_token_id not in r.ids[:-1]
+        assert r.text == engine.tokenizer.decode(r.ids, skip_special_tokens=True)
+    assert any(not r.truncated for r in batch)
+
+
+def test_the_engine_leaves_the_random_generators_alone(engine):
+    torch.manual_seed(5)
+    want = torch.rand(3)
+    torch.manual_seed(5)
+    generate(engine, load_policy())
+    assert torch.equal(torch.rand(3), want)

@@ -1,0 +1,127 @@
+"""Packing, chunking and splitting change nothing but the order of additions."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import BASE, load_policy, make_batch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import common
+
+
+def one_at_a_time(lm, response, temperature):
+    """log-probabilities and entropies of a response, from the dense logits of its sequence alone"""
+    ids = torch.cat([torch.tensor(response.problem["prompt_ids"]), response.ids])
+    logits = lm(input_ids=ids[None]).logits[0, -len(response.ids) - 1 : -1] / temperature  # (T, V)
+    logp = logits.log_softmax(-1)
+    return logp.gather(1, response.ids[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_packed_equals_one_sequence_at_a_time(policy, temperature, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setattr(common, "HEAD_CHUNK", 37)  # several chunks, the last one short
+    plain = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32, attn_implementation="eager")
+    batch = make_batch()
+    pack = common.Pack(batch, range(len(batch)))
+    logp, entropy = common.logprobs(policy, pack, temperature)
+    want = [torch.cat(x) for x in zip(*[one_at_a_time(plain, r, temperature) for r in batch], strict=True)]
+    torch.testing.assert_close(logp, want[0], atol=2e-5, rtol=0)
+    torch.testing.assert_close(entropy, want[1], atol=2e-5, rtol=0)
+
+    weights = torch.rand(2, len(logp), generator=torch.Generator().manual_seed(0))
+    (weights[0] * logp + weights[1] * entropy).sum().backward()
+    (weights[0] * want[0] + weights[1] * want[1]).sum().backward()
+    got = dict(policy.lm.named_parameters())
+    for name, p in plain.named_parameters():
+        torch.testing.assert_close(got[name].grad, p.grad, atol=1e-5 * float(p.grad.abs().max()), rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("tokens", [1, 64, 100])
+def test_chunked_head_equals_the_dense_one(tokens, temperature, monkeypatch):
+    monkeypatch.setattr(common, "HEAD_CHUNK", 64)
+    torch.manual_seed(0)
+    head, h, labels = common.LogprobHead(16, 50, bias=False), torch.randn(tokens, 16), torch.randint(50, (tokens,))
+    sides = []
+    for dense in (True, False):
+        x = h.clone().requires_grad_()
+        if dense:
+            logits = F.linear(x, head.weight) / temperature
+            all_logp = logits.log_softmax(-1)
+            logp, entropy = all_logp.gather(1, labels[:, None])[:, 0], -(all_logp.exp() * all_logp).sum(-1)
+        else:
+            logp, entropy = head(x, labels, temperature)
+        gradients = torch.autograd.grad((logp + 0.3 * entropy).sum(), [x, head.weight])
+        sides.append([logp, entropy, *gradients])
+    for got, want in zip(*sides, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+def test_chunked_head_agrees_with_torch():
+    torch.manual_seed(0)
+    head, h, labels = common.LogprobHead(16, 50, bias=False), torch.randn(30, 16), torch.randint(50, (30,))
+    want = -F.cross_entropy(head(h), labels, reduction="none")
+    torch.testing.assert_close(head(h, labels)[0], want, atol=1e-5, rtol=0)
+
+
+def test_the_head_is_in_fp32_under_autocast():
+    head, h, labels = common.LogprobHead(16, 50, bias=False), torch.randn(30, 16), torch.randint(50, (30,))
+    want = head(h, labels)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(head(h, labels)[0], want, atol=0, rtol=0)
+
+
+def test_the_last_token_is_trained_and_the_prompt_is_not():
+    batch = make_batch(3)
+    pack = common.Pack(batch, [2, 0])
+    assert pack.labels.tolist() == batch[2].ids.tolist() + batch[0].ids.tolist()
+    assert pack.rows.tolist() == [2] * len(batch[2].ids) + [0] * len(batch[0].ids)
+    first = len(batch[2].problem["prompt_ids"])
+    assert pack.select[0] == first - 1  # the last token of the prompt predicts the first of the response
+
+
+def test_an_empty_pack_takes_part_and_changes_nothing(policy):
+    logp, entropy = common.logprobs(policy, common.Pack([], []), 1.0)
+    assert logp.shape == entropy.shape == (0,)
+    logp.sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() == 0 for p in policy.parameters())
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 1000), st.sampled_from([1, 2, 3, 4]), st.integers(1, 4), st.integers(80, 400), st.data())
+def test_every_response_is_trained_once(seed, minibatches, processes, budget, data):
+    batch = make_batch(12, seed)
+    trained = data.draw(st.lists(st.booleans(), min_size=12, max_size=12))
+    plans = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "world", lambda: processes)
+        for r in range(processes):
+            patch.setattr(common, "rank", lambda r=r: r)
+            plans.append(common.minibatches(batch, trained, minibatches, budget))
+    for m in range(minibatches):
+        packs = [pack for plan in plans for pack in plan[m]]
+        want = [i for i in range(m * 12 // minibatches, (m + 1) * 12 // minibatches) if trained[i]]
+        assert sorted({i for pack in packs for i in pack.rows.tolist()}) == want
+        assert sum(len(pack.labels) for pack in packs) == sum(len(batch[i].ids) for i in want)
+        assert len({len(plan[m]) for plan in plans}) == 1  # as many on every process, or they wait for each other forever
+        assert all(len(pack.ids) <= budget for pack in packs)
+
+
+def gradient(batch, trained, minibatches, budget):
+    policy = load_policy()
+    weight = torch.rand(len(batch), generator=torch.Generator().manual_seed(1))
+    for packs in common.minibatches(batch, trained, minibatches, budget):
+        for pack in packs:
+            logp, _ = common.logprobs(policy, pack, 1.0)
+            (logp * weight[pack.rows]).sum().backward()
+    return torch.cat([p.grad.flatten() for p in policy.parameters()])
+
+
+def test_micro_batches_add_up():
+    batch = make_batch()
+    whole = gradient(batch, [True] * 12, 1, 10_000)
+    for budget in (80, 200, 333):
+        torch.testing.assert_close(gradient(batch, [True] * 12, 1, budget), whole, atol=1e-5 * float(whole.abs().max()), rtol=1e-4)

@@ -1,0 +1,120 @@
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rewards import REPEAT_SPAN, REPEATS, extract_answer, grade, math_reward, repeats
+
+
+@pytest.mark.parametrize(
+    "text, box",
+    [
+        (r"so \boxed{5}", "5"),
+        (r"\boxed{4}, no, \boxed{5}.", "5"),  # the last one rules
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{ 7 }", "7"),
+        (r"\boxed {7}", "7"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),  # escaped braces do not count
+        (r"\boxed{\boxed{5}}", "5"),
+        (r"\boxed{4} and \boxed{5", "4"),  # the last that is closed
+        (r"\boxed{1 \boxed{2}", "2"),
+        (r"} \boxed{3}", "3"),
+        ("the answer is 5", None),
+        (r"\boxed{5", None),
+        (r"\boxed{}", ""),
+        ("", None),
+    ],
+)
+def test_extract_answer(text, box):
+    assert extract_answer(text) == box
+
+
+@pytest.mark.parametrize(
+    "box, answer",
+    [
+        ("5", "5"),
+        ("05", "5"),
+        ("5.0", "5"),
+        ("-3", "-3"),
+        ("1,000", "1000"),
+        ("$12$", "12"),
+        ("106.", "106"),
+        (r"\frac{1}{2}", "0.5"),
+        (r"0.5", r"\frac{1}{2}"),
+        (r"2\sqrt{3}", r"\sqrt{12}"),
+        (r"x+1", "1+x"),
+        (r"\dfrac{3}{4}", r"\frac34"),
+        (r"10\%", "10"),  # needs antlr 4.13
+    ],
+)
+def test_equal(box, answer):
+    assert math_reward(rf"thus \boxed{{{box}}}", answer) == 1.0
+
+
+@pytest.mark.parametrize(
+    "box, answer",
+    [
+        ("6", "5"),
+        ("50", "5"),
+        ("19441", "19440"),
+        ("2", r"2\sqrt{3}"),  # a bare answer would be parsed as 2
+        ("7", r"7\pi"),
+        ("1, 2", "2"),
+        ("", "5"),
+        ("five", "5"),
+        ("5" * 5000, "5"),
+        ("9" * 100, "9" * 99),
+        ("{" * 2000 + "5" + "}" * 2000, "5"),
+        (r"\frac{1}{" * 2000 + "1" + "}" * 2000, "1"),
+        (r"9^{9^{9^{9}}}", "5"),
+        ("10^{10000000}", "5"),
+        ("99999!", "5"),
+        ("٥", "5"),  # an Arabic-Indic digit
+        ("\x00", "5"),
+        ("\ud800", "5"),
+    ],
+)
+def test_not_equal_and_quick(box, answer):
+    assert math_reward(rf"thus \boxed{{{box}}}", answer) == 0.0
+
+
+def test_no_box_earns_nothing():
+    assert math_reward("the answer is 5", "5") == 0.0
+
+
+def test_a_failed_comparison_is_counted(monkeypatch):
+    import math_verify
+
+    monkeypatch.setattr(math_verify, "verify", lambda *_, **__: 1 / 0)
+    assert grade(r"\boxed{x+1}", "1+x").error == "ZeroDivisionError"
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.text(), st.text())
+def test_any_string(text, answer):
+    assert math_reward(text, answer) in (0.0, 1.0)
+    assert math_reward(rf"\boxed{{{text}}}", answer) in (0.0, 1.0)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.text(alphabet="\\{}boxed^!0123456789.,$ ", max_size=60), st.text(alphabet="\\{}^!0123456789.", max_size=20))
+def test_any_latex(text, answer):
+    assert math_reward(rf"\boxed{{{text}}}", answer) in (0.0, 1.0)
+
+
+# ---------------------------------------------------------------------------------------------------------- repeats
+
+
+def test_repeats():
+    start = list(range(100, 150))
+    assert not repeats(start)
+    assert repeats(start + [1, 2, 3, 4, 5, 6, 7, 8] * REPEATS)
+    assert repeats(start + [1, 2, 3, 4, 5, 6, 7, 8] * REPEATS + [1, 2, 3])  # the last copy cut short
+    assert repeats(start + [7] * REPEAT_SPAN)
+
+
+def test_does_not_repeat():
+    start = list(range(100, 150))
+    assert not repeats([])
+    assert not repeats([7] * (REPEAT_SPAN - 1))  # too short: a number with many equal digits
+    assert not repeats(start + [1, 2, 3, 4, 5, 6, 7, 8] * (REPEATS - 1))  # said twice
+    assert not repeats([1, 2, 3, 4, 5, 6, 7, 8] * 5 + start)  # it got out of the loop
