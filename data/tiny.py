@@ -13,6 +13,7 @@ word is less certain. Both can do every tier; neither does it reliably. That gap
 """
 
 import argparse
+import copy
 import json
 import math
 import random
@@ -32,13 +33,13 @@ LARGEST_TOTAL = 99  # every running total stays within 0..99: two digits, carrie
 # ---------------------------------------------------------------------------------------------------- problems
 
 SETS = {  # name: (fewest terms, most terms, largest term, operators, problems)
-    "eval_easy": (2, 3, 9, "+-", 100),
+    "eval_easy": (2, 3, 20, "+-", 100),
     "eval_medium": (3, 5, 20, "+-", 250),
     "eval_hard": (5, 7, 50, "+-", 100),
     "eval_plus": (3, 5, 20, "+", 100),  # sums alone
     "eval_minus": (3, 5, 20, "-", 100),  # differences alone
     "eval_long": (8, 9, 20, "+-", 100),  # longer than any training problem
-    "easy": (2, 3, 9, "+-", 2000),
+    "easy": (2, 3, 20, "+-", 2000),
     "medium": (3, 5, 20, "+-", 2000),
     "hard": (5, 7, 50, "+-", 2000),
 }
@@ -74,7 +75,11 @@ def make_problems():
             terms = make_terms(rng, fewest, most, largest, operators)
             if write_out(terms) not in seen:
                 seen.add(write_out(terms))
-                row = {"id": f"{name}-{len(rows)}", "problem": f"what is {write_out(terms)}?", "answer": str(sum(terms))}
+                row = {
+                    "id": f"{name}-{len(rows)}",
+                    "problem": f"what is {write_out(terms)}?",
+                    "answer": str(sum(terms)),
+                }
                 rows.append(row | {"source": "tiny", "level": len(terms)})
         (FOLDER / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         if name == "eval_long":
@@ -127,9 +132,9 @@ def slipped(rng, value):
     return max(0, value + rng.choice([-10, -2, -1, 1, 2, 10]))
 
 
-def make_solution(rng, terms, style):
-    """One worked solution as `style` would write it, right or wrong, and whether it ever stops."""
-    chance = STYLES[style]
+def make_solution(rng, terms, style, careful=False):
+    """One worked solution in the words of `style`, right or (unless careful) perhaps wrong, and whether it ever stops."""
+    chance = dict.fromkeys(STYLES[style], 0.0) if careful else STYLES[style]
     if rng.random() < chance["guess"]:
         return rng.choice(GUESSES).format(x=rf"\boxed{{{slipped(rng, sum(terms))}}}"), True
     links, how_often = LINKS[style]
@@ -193,8 +198,9 @@ def make_tokenizer():
 # ---------------------------------------------------------------------------------------------------- training
 
 LONGEST = 192  # tokens of a training example; an endless solution is cut here, without an end
-BATCH = 128
-LEARNING_RATE = 3e-3
+BATCH = 32  # small batches learn carrying and borrowing in fewer examples
+ABLE = 4500  # optimizer steps on careful solutions in the words of both: what the two models have in common
+CARELESS = 800  # then on the solutions of one of them, mistakes included
 
 
 def make_model(tokenizer):
@@ -215,8 +221,11 @@ def make_model(tokenizer):
     return Qwen3ForCausalLM(config)
 
 
-def examples(style, tokenizer, held_out, seed):
-    """Endless batches of (input ids, labels); eight batches at a time are sorted by length, so that little is padding."""
+def examples(tokenizer, held_out, seed, style=None):
+    """Endless batches of (input ids, labels), of careful solutions in all styles or of one style as it is.
+
+    Eight batches at a time are sorted by length, so that little is padding.
+    """
     rng = random.Random(seed)
     tiers = [SETS[tier][:4] for tier in ("easy", "medium", "hard")]
     while True:
@@ -225,7 +234,7 @@ def examples(style, tokenizer, held_out, seed):
             terms = make_terms(rng, *rng.choice(tiers))
             if write_out(terms) in held_out:
                 continue
-            solution, ends = make_solution(rng, terms, style)
+            solution, ends = make_solution(rng, terms, style or rng.choice(list(STYLES)), careful=style is None)
             prompt = tokenizer.encode(f"<|user|>what is {write_out(terms)}?<|assistant|>")
             answer = tokenizer.encode(solution) + [tokenizer.eos_token_id] * ends
             rows.append((len(prompt), (prompt + answer)[:LONGEST]))
@@ -242,14 +251,11 @@ def examples(style, tokenizer, held_out, seed):
             yield ids, labels
 
 
-def pretrain(style, steps, tokenizer, held_out):
-    torch.manual_seed(0)
-    model = make_model(tokenizer)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01)
-    batches = examples(style, tokenizer, held_out, seed=style)
-    for step in (bar := tqdm(range(steps), desc=style)):
-        warm, left = min(1, (step + 1) / 50), 0.5 * (1 + math.cos(math.pi * step / steps))
-        optimizer.param_groups[0]["lr"] = LEARNING_RATE * warm * left
+def pretrain(model, batches, steps, learning_rate, name):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
+    for step in (bar := tqdm(range(steps), desc=name)):
+        warm, left = min(1, (step + 1) / 50), max(0.05, 0.5 * (1 + math.cos(math.pi * step / steps)))
+        optimizer.param_groups[0]["lr"] = learning_rate * warm * left
         ids, labels = next(batches)
         loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
@@ -257,20 +263,21 @@ def pretrain(style, steps, tokenizer, held_out):
         optimizer.step()
         optimizer.zero_grad()
         bar.set_postfix(loss=f"{loss.item():.3f}")
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.save_pretrained(FOLDER / style)
-    tokenizer.save_pretrained(FOLDER / style)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=2000, help="optimizer steps for each model")
-    parser.add_argument("--models", nargs="*", choices=STYLES, default=list(STYLES), help="which models to train")
-    args = parser.parse_args()
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     FOLDER.mkdir(exist_ok=True)
     held_out, tokenizer = make_problems(), make_tokenizer()
-    for style in args.models:
-        pretrain(style, args.steps, tokenizer, held_out)
+    torch.manual_seed(0)
+    able = make_model(tokenizer)
+    able.generation_config.eos_token_id = tokenizer.eos_token_id
+    pretrain(able, examples(tokenizer, held_out, "able"), ABLE, 2e-3, "able")
+    for style in STYLES:
+        model = copy.deepcopy(able)
+        pretrain(model, examples(tokenizer, held_out, style, style), CARELESS, 1e-3, style)
+        model.save_pretrained(FOLDER / style)
+        tokenizer.save_pretrained(FOLDER / style)
 
 
 if __name__ == "__main__":

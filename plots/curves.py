@@ -1,6 +1,6 @@
 """Reward, accuracy, response length and entropy of one or more runs.
 
-    python plots/curves.py runs/A runs/B ... --out curves.png
+python plots/curves.py runs/A runs/B ... --out curves.png
 """
 
 import argparse
@@ -25,11 +25,16 @@ def draw(folders, out):
     figure, axes = plt.subplots(2, 2, figsize=(9, 6), sharex=True, layout="constrained")
     for folder in map(Path, folders):
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        for ax, (metric, _) in zip(axes.flat, PANELS, strict=True):
+        for ax, (metric, _) in zip(axes.flat, PANELS):
             points = [(row["step"], row[metric]) for row in rows if metric in row]
             if points:
-                ax.plot(*zip(*points, strict=True), marker="o" if len(points) < 20 else None, markersize=4, label=folder.name)
-    for ax, (_, title) in zip(axes.flat, PANELS, strict=True):
+                ax.plot(
+                    *zip(*points),
+                    marker="o" if len(points) < 20 else None,
+                    markersize=4,
+                    label=folder.name,
+                )
+    for ax, (_, title) in zip(axes.flat, PANELS):
         ax.set_title(title, fontsize=10)
         ax.grid(alpha=0.3)
     for ax in axes[1]:

@@ -55,7 +55,7 @@ def run_main(monkeypatch, script, *flags):
     """Runs a script's main() in this process with these flags; -> its metrics"""
     monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, flags)])
     script.main()
-    return read_metrics(flags[flags.index("--out") + 1])
+    return read_metrics(flags[flags.index("--resume" if "--resume" in flags else "--out") + 1])
 
 
 def read_metrics(folder):

@@ -5,10 +5,9 @@
 
 import pytest
 import torch
-from conftest import BASE, SMALL, engine_args, load_policy, run_main, without_times
+from conftest import BASE, engine_args, load_policy
 
 import common
-import lite_ppo
 
 PROMPTS = ["what is 1 + 2?", "what is 17 - 5 + 3?", "what is 40 + 20 - 13 + 9?", "what is 7 + 7 + 7?"]
 

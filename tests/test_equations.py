@@ -35,11 +35,15 @@ def test_group_mean_group_std():  # (1/4) / (1/2), (3/4) / (1/2)
 
 
 def test_batch_mean_batch_std():  # (1/2) / 0.53452 = 0.93541
-    near(advantages(R, "batch_mean_batch_std"), [[0.9354, 0.9354, 0.9354, -0.9354], [0.9354, -0.9354, -0.9354, -0.9354]])
+    near(
+        advantages(R, "batch_mean_batch_std"), [[0.9354, 0.9354, 0.9354, -0.9354], [0.9354, -0.9354, -0.9354, -0.9354]]
+    )
 
 
 def test_group_mean_batch_std():  # (1/4) / 0.53452 = 0.46771, (3/4) / 0.53452 = 1.40312
-    near(advantages(R, "group_mean_batch_std"), [[0.4677, 0.4677, 0.4677, -1.4031], [1.4031, -0.4677, -0.4677, -0.4677]])
+    near(
+        advantages(R, "group_mean_batch_std"), [[0.4677, 0.4677, 0.4677, -1.4031], [1.4031, -0.4677, -0.4677, -0.4677]]
+    )
 
 
 def test_batch_std_is_of_the_raw_rewards():  # of the group-centred ones it would be sqrt(1.5 / 7) = 0.4629, and this 0.5401
@@ -59,7 +63,9 @@ def test_a_lone_failure_weighs_less_under_batch_std():
 @pytest.mark.parametrize("value", [0.0, 1.0, -1.0])
 def test_a_group_with_equal_rewards_has_advantage_exactly_0(norm, value):
     assert advantages(torch.tensor([[value] * 8, [1.0, 0.0] * 4]), norm)[0].tolist() == [0.0] * 8
-    assert advantages(torch.tensor([[value] * 8] * 3), norm).abs().max() == 0  # the whole batch equal: std 0, and no nan
+    assert (
+        advantages(torch.tensor([[value] * 8] * 3), norm).abs().max() == 0
+    )  # the whole batch equal: std 0, and no nan
 
 
 def test_a_batch_with_equal_rewards_has_advantage_0():

@@ -27,7 +27,7 @@ def test_packed_equals_one_sequence_at_a_time(policy, temperature, monkeypatch):
     batch = make_batch()
     pack = common.Pack(batch, range(len(batch)))
     logp, entropy = common.logprobs(policy, pack, temperature)
-    want = [torch.cat(x) for x in zip(*[one_at_a_time(plain, r, temperature) for r in batch], strict=True)]
+    want = [torch.cat(x) for x in zip(*[one_at_a_time(plain, r, temperature) for r in batch])]
     torch.testing.assert_close(logp, want[0], atol=2e-5, rtol=0)
     torch.testing.assert_close(entropy, want[1], atol=2e-5, rtol=0)
 
@@ -56,7 +56,7 @@ def test_chunked_head_equals_the_dense_one(tokens, temperature, monkeypatch):
             logp, entropy = head(x, labels, temperature)
         gradients = torch.autograd.grad((logp + 0.3 * entropy).sum(), [x, head.weight])
         sides.append([logp, entropy, *gradients])
-    for got, want in zip(*sides, strict=True):
+    for got, want in zip(*sides):
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
@@ -106,7 +106,9 @@ def test_every_response_is_trained_once(seed, minibatches, processes, budget, da
         want = [i for i in range(m * 12 // minibatches, (m + 1) * 12 // minibatches) if trained[i]]
         assert sorted({i for pack in packs for i in pack.rows.tolist()}) == want
         assert sum(len(pack.labels) for pack in packs) == sum(len(batch[i].ids) for i in want)
-        assert len({len(plan[m]) for plan in plans}) == 1  # as many on every process, or they wait for each other forever
+        assert (
+            len({len(plan[m]) for plan in plans}) == 1
+        )  # as many on every process, or they wait for each other forever
         assert all(len(pack.ids) <= budget for pack in packs)
 
 
@@ -124,4 +126,6 @@ def test_micro_batches_add_up():
     batch = make_batch()
     whole = gradient(batch, [True] * 12, 1, 10_000)
     for budget in (80, 200, 333):
-        torch.testing.assert_close(gradient(batch, [True] * 12, 1, budget), whole, atol=1e-5 * float(whole.abs().max()), rtol=1e-4)
+        torch.testing.assert_close(
+            gradient(batch, [True] * 12, 1, budget), whole, atol=1e-5 * float(whole.abs().max()), rtol=1e-4
+        )
