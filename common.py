@@ -43,6 +43,7 @@ import rewards
 ROOT = Path(__file__).parent
 SYSTEM = r"Please reason step by step, and put your final answer within \boxed{}."  # arXiv 2508.08221, appendix A.2
 HEAD_CHUNK = 2048  # tokens whose logits exist at a time: 1.2 GiB in fp32 at Qwen3's 152k words
+CPU_THREADS = 8  # at most, for all processes together; a tiny model has no work for more
 HF_ROWS = 256  # sequences the hf engine samples at a time
 HF_CROWD = 0.8  # it drops the finished ones whenever fewer than this share is still going
 STALE = {torch.float32: 1e-3, torch.bfloat16: 0.05}  # nats, see `check_engine`; healthy: 1e-7 and about 0.01
@@ -598,6 +599,8 @@ def start(args):
         for row in load_problems(file, tokenizer, args.max_prompt_len)
     ]
     accelerator = accelerate.Accelerator(mixed_precision="bf16" if cuda else "no")
+    if not cuda:
+        torch.set_num_threads(max(1, min(CPU_THREADS, os.cpu_count()) // world()))  # accelerate launch says 1
     accelerate.utils.set_seed(args.seed)
     register_attention()
     model = Policy(AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, attn_implementation="packed"))
