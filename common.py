@@ -225,7 +225,8 @@ def load_problems(path, tokenizer, max_prompt_len):
         except ValueError:
             fail(f"{path}, line {i}: not JSON; write one object a line")
         for key in ("problem", "answer"):
-            if not isinstance(row, dict) or not str(row.get(key, "")).strip():
+            value = row.get(key) if isinstance(row, dict) else None
+            if value is None or not str(value).strip():
                 fail(f'{path}, line {i}: "{key}" is missing or empty; remove the line or fill it in')
         row |= {"id": str(row.get("id", f"{path.stem}-{i}")), "answer": str(row["answer"])}
         messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": str(row["problem"])}]

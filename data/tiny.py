@@ -26,6 +26,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import common  # noqa: E402
+import rewards  # noqa: E402
 
 FOLDER = Path(__file__).parent / "tiny"
 LARGEST_TOTAL = 99  # every running total stays within 0..99: two digits, carries and borrows
@@ -265,8 +267,24 @@ def pretrain(model, batches, steps, learning_rate, name):
         bar.set_postfix(loss=f"{loss.item():.3f}")
 
 
+def measure(style):
+    """Prints pass@1 and pass@8 of a model on the evaluation sets, at temperature 1 and the limit of the laptop scale."""
+    settings = dict(model=str(FOLDER / style), temperature=1.0, top_p=1.0, top_k=0, max_response_len=128, seed=0)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(FOLDER / style)
+    engine = common.HfEngine(argparse.Namespace(**settings), tokenizer)
+    for name in SETS:
+        if name.startswith("eval_"):
+            problems = common.load_problems(FOLDER / f"{name}.jsonl", tokenizer, max_prompt_len=64)
+            batch = engine.generate(problems, 8, step=0)
+            right = torch.tensor([rewards.math_reward(r.text, r.problem["answer"]) for r in batch]).view(-1, 8)
+            length, cut = sum(len(r.ids) for r in batch) / len(batch), sum(r.truncated for r in batch) / len(batch)
+            scores = f"pass@1 {right.mean():.2f}  pass@8 {right.amax(1).mean():.2f}"
+            print(f"{style:8s} {name:12s} {scores}  length {length:5.1f}  truncated {cut:.3f}")
+
+
 def main():
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    torch.set_num_threads(2)  # the order of additions, and so the last bits of the weights, depend on it
     FOLDER.mkdir(exist_ok=True)
     held_out, tokenizer = make_problems(), make_tokenizer()
     torch.manual_seed(0)
@@ -278,6 +296,7 @@ def main():
         pretrain(model, examples(tokenizer, held_out, style, style), CARELESS, 1e-3, style)
         model.save_pretrained(FOLDER / style)
         tokenizer.save_pretrained(FOLDER / style)
+        measure(style)
 
 
 if __name__ == "__main__":

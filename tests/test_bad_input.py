@@ -1,0 +1,192 @@
+"""Every mistake ends with status 2 and one line that names the flag or the file, before a model is loaded or a file written."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import BASE, ROOT, SMALL, run_main
+
+import common
+import lite_ppo
+
+GOOD = json.dumps({"problem": "what is 1 + 2?", "answer": "3"})
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys, tmp_path):
+    """Runs main() with these flags; -> the one line it says"""
+
+    def run(*flags, out="run"):
+        from transformers import AutoModelForCausalLM
+
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(SystemExit) as stop:
+            run_main(monkeypatch, lite_ppo, *flags, "--out", out)
+        assert stop.value.code == 2
+        assert sorted(tmp_path.rglob("*")) == before
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and said.startswith("lite_ppo.py: "), said
+        return said
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "flag, value",
+    [
+        ("--norm", "group"),
+        ("--loss_agg", "mean"),
+        ("--overlong", "drop"),
+        ("--wrong_reward", "-2"),
+        ("--clip_low", "-0.1"),
+        ("--clip_low", "1.5"),
+        ("--clip_high", "-0.1"),
+        ("--clip_high", "nan"),
+        ("--engine", "sglang"),
+        ("--scale", "desktop"),
+        ("--steps", "-1"),
+        ("--steps", "many"),
+        ("--prompts_per_step", "0"),
+        ("--group_size", "-8"),
+        ("--minibatches", "0"),
+        ("--lr", "0"),
+        ("--lr", "inf"),
+        ("--lr", "nan"),
+        ("--temperature", "0"),
+        ("--top_p", "0"),
+        ("--top_p", "1.1"),
+        ("--top_k", "-1"),
+        ("--max_response_len", "0"),
+        ("--tokens_per_gpu", "0"),
+        ("--seed", "-1"),
+        ("--eval_every", "0"),
+        ("--save_every", "0"),
+        ("--eval_samples", "0"),
+        ("--group_size", "1"),  # with a group norm
+        ("--minibatches", "7"),  # 128 responses
+        ("--tokens_per_gpu", "100"),  # the longest sequence has 192
+        ("--prompts_per_step", "2001"),  # more than there are problems; divisible by --minibatches
+        ("--model", "no/such/folder"),
+        ("--data", "no_such_set"),
+        ("--eval_data", "eval_easy,no_such_set"),
+        ("--max_prompt_len", "5"),
+    ],
+)
+def test_flag(refused, flag, value):
+    more = ["--minibatches", "1"] if value == "2001" else []
+    assert flag in refused("--scale", "laptop", *more, flag, value)
+
+
+def test_unknown_flag(refused):
+    assert "--normm" in refused("--normm", "none")
+
+
+def test_processes(refused, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "3 processes" in refused("--scale", "laptop")
+
+
+def test_a_folder_without_a_model(refused, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "config.json" in refused("--scale", "laptop", "--model", tmp_path / "empty")
+
+
+@pytest.mark.parametrize(
+    "text, named",
+    [
+        (GOOD + "\n{broken\n", "line 2"),
+        (GOOD + "\n\n" + GOOD + "\n", "line 2"),
+        ('{"problem": "what is 1 + 2?"}\n', '"answer"'),
+        ('{"answer": "3"}\n', '"problem"'),
+        ('{"problem": "", "answer": "3"}\n', '"problem"'),
+        ('{"problem": "what is 1 + 2?", "answer": " "}\n', '"answer"'),
+        ('{"problem": "what is 1 + 2?", "answer": null}\n', '"answer"'),
+        ('{"problem": null, "answer": 0}\n', '"problem"'),
+        ("[1, 2]\n", "line 1"),
+        ("", "line 1"),
+        (b"\xff\xfe\n", "line 1"),
+    ],
+)
+@pytest.mark.parametrize("flag", ["--data", "--eval_data"])
+def test_data_file(refused, tmp_path, text, named, flag):
+    path = tmp_path / "mine.jsonl"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    said = refused("--scale", "laptop", "--prompts_per_step", "1", flag, path)
+    assert str(path) in said and named in said
+
+
+def test_a_line_separator_within_a_problem_is_no_new_line(tmp_path):
+    from transformers import AutoTokenizer
+
+    path = tmp_path / "mine.jsonl"
+    path.write_text(json.dumps({"problem": "what is\u2028 1 + 2?", "answer": 3}, ensure_ascii=False) + "\n")
+    [row] = common.load_problems(path, AutoTokenizer.from_pretrained(BASE), 64)
+    assert row["answer"] == "3" and row["id"] == "mine-1"
+
+
+def test_a_prompt_longer_than_its_limit(refused, tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text(GOOD + "\n" + json.dumps({"problem": "what is 1" + " + 1" * 40 + "?", "answer": "41"}) + "\n")
+    said = refused("--scale", "laptop", "--prompts_per_step", "1", "--data", path)
+    assert "line 2" in said and "--max_prompt_len" in said
+
+
+def test_vllm_is_not_installed(refused, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "vllm" else find(name, *a))
+    assert "--engine vllm" in refused("--scale", "laptop", "--engine", "vllm")
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """A folder that looks like a run."""
+    folder = tmp_path / "old"
+    folder.mkdir()
+    defaults = {name: columns[0] for name, columns in lite_ppo.DEFAULTS.items()}
+    args = defaults | {"scale": "laptop", "engine": "hf", "script": "lite_ppo", "steps": 4}
+    (folder / "args.json").write_text(json.dumps(args))
+    return folder
+
+
+def test_resume_what_is_no_run(refused, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "holds no run" in refused("--resume", tmp_path / "empty")
+    assert "holds no run" in refused("--resume", tmp_path / "nowhere")
+
+
+def test_resume_with_another_trick(refused, stored):
+    assert "--norm none" in refused("--resume", stored, "--norm", "none", out=stored)
+
+
+def test_resume_elsewhere(refused, stored):
+    assert "--out" in refused("--resume", stored)
+
+
+def test_resume_by_another_script(refused, stored):
+    args = json.loads((stored / "args.json").read_text())
+    (stored / "args.json").write_text(json.dumps(args | {"script": "grpo"}))
+    assert "grpo.py" in refused("--resume", stored, out=stored)
+
+
+def test_resume_a_finished_run(refused, stored):
+    (stored / "result.json").write_text("{}")
+    (stored / "checkpoints" / "step_000004").mkdir(parents=True)
+    assert "--steps" in refused("--resume", stored, out=stored)
+
+
+def test_a_finished_run_is_not_overwritten(refused, stored):
+    (stored / "result.json").write_text("{}")
+    assert "finished" in refused("--scale", "laptop", out=stored)
+    (stored / "result.json").unlink()
+    assert "--resume" in refused("--scale", "laptop", out=stored)
+
+
+def test_from_the_command_line(tmp_path):
+    command = [sys.executable, str(ROOT / "lite_ppo.py"), *SMALL, "--norm", "group"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--norm" in done.stderr
+    assert list(tmp_path.iterdir()) == []
