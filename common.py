@@ -584,6 +584,7 @@ def logprobs(model, pack, temperature):
 def start(args):
     """-> accelerator, model, optimizer, engine, problems, log. A resumed run stands at its last checkpoint."""
     import accelerate
+    import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     cuda, name = torch.cuda.is_available(), find_model(args)
@@ -612,6 +613,7 @@ def start(args):
     if rank() == 0 and not args.resume:
         open_run(args)
     accelerator.wait_for_everyone()
+    transformers.utils.logging.disable_progress_bar()  # from here on there is ours
     first_step = restore(args, accelerator, problems)
     return accelerator, model, optimizer, engine, problems, Log(args, first_step, eval_problems)
 

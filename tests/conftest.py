@@ -10,7 +10,8 @@ import common
 
 ROOT = Path(__file__).parent.parent
 BASE = str(ROOT / "data" / "tiny" / "base")
-SMALL = [  # a run of seconds: two rollouts of sixteen short responses
+SMALL = [  # a run of seconds: two rollouts of sixteen short responses, that learns
+    *("--data", "easy", "--lr", "3e-4"),
     *("--scale", "laptop", "--steps", "2", "--prompts_per_step", "4", "--group_size", "4", "--minibatches", "2"),
     *("--max_response_len", "40", "--eval_data", "eval_easy", "--save_every", "1"),
 ]

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, SMALL, read_metrics, run_main, without_times
+from workers import gradient
 
 import common
 import lite_ppo
@@ -51,7 +52,8 @@ def test_a_run_folder_has_everything(finished):
         "response",
         "correct",
     }
-    assert {"before", "after"} == set(json.loads((finished / "result.json").read_text())["eval/easy/accuracy"])
+    assert json.loads((finished / "result.json").read_text())["easy"] == [rows[i]["eval/easy/accuracy"] for i in (0, 4)]
+    assert all(row["train/grad_norm"] > 0 and row["reward/std"] > 0 for row in rows[:4])  # it did learn from something
 
 
 def test_the_checkpoint_is_a_model(finished):
@@ -128,23 +130,44 @@ def test_more_steps(finished, tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------------------ two processes
 
 
-def test_two_processes_are_one(tmp_path):
-    """The same rollouts, the same loss and gradient norm, from the real command line."""
+def torchrun(processes, *command):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*launcher, *map(str, command)], cwd=ROOT, capture_output=True, text=True, env=env, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_two_processes_give_the_same_rollout_and_step(tmp_path):
+    """From the real command line."""
     flags = [*SMALL, "--steps", "1", "--prompts_per_step", "8", "--max_response_len", "64", "--tokens_per_gpu", "256"]
     rows = []
     for processes in (1, 2):
-        folder = tmp_path / str(processes)
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [*torchrun, "lite_ppo.py", *flags, "--out", str(folder)], cwd=ROOT, capture_output=True, text=True, env=env
-        )
-        assert done.returncode == 0, done.stderr
-        rows.append(read_metrics(folder))
+        torchrun(processes, "lite_ppo.py", *flags, "--out", tmp_path / str(processes))
+        rows.append(read_metrics(tmp_path / str(processes)))
     one, two = rows
     assert one[0]["adv/zero"] < 1 and one[0]["train/grad_norm"] > 0
     for name, value in without_times(one[0]).items():
         assert two[0][name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+
+
+def test_any_split_gives_the_same_gradient(tmp_path):
+    """One process or two, few packs or many, one of them empty."""
+    loss, whole = gradient(10_000)
+    assert whole.abs().max() > 0
+    for processes, budget in [(1, 80), (2, 10_000), (2, 80)]:
+        torchrun(processes, "tests/workers.py", budget, tmp_path / "gradient.pt")
+        got_loss, got = torch.load(tmp_path / "gradient.pt")
+        assert got_loss == pytest.approx(loss, rel=1e-5)
+        torch.testing.assert_close(got, whole, atol=1e-5 * float(whole.abs().max()), rtol=1e-5)
+
+
+def test_two_processes_learn(tmp_path):
+    flags = ["--scale", "laptop", "--data", "easy", "--eval_data", "eval_easy", "--steps", "12", "--lr", "3e-4"]
+    torchrun(2, "lite_ppo.py", *flags, "--out", tmp_path / "run")
+    rows = read_metrics(tmp_path / "run")
+    assert rows[-1]["eval/easy/accuracy"] > rows[0]["eval/easy/accuracy"] + 0.1
 
 
 # --------------------------------------------------------------------------------------------------------- safeguards

@@ -1,0 +1,37 @@
+"""What the tests run under torchrun: the gradient of a fixed batch, from real packs and a real backward pass."""
+
+import os
+import sys
+
+import accelerate
+import torch
+from conftest import load_policy, make_batch
+
+import common
+from lite_ppo import advantages, policy_loss, token_weights
+
+
+def gradient(tokens_per_gpu):
+    """-> loss, gradient of one optimizer step on twelve fixed responses, two of them filtered out"""
+    accelerator = accelerate.Accelerator(cpu=True)
+    model = accelerator.prepare(load_policy())
+    batch = make_batch(12)
+    lengths = torch.tensor([float(len(r.ids)) for r in batch])
+    lengths[[3, 8]] = 0
+    rewards = torch.tensor([1.0, 0, 0, 1, 0, 0, 0, 1, 1, 1, 0, 1]).view(3, 4)
+    adv, weight = advantages(rewards, "group_mean_batch_std").flatten(), token_weights(lengths, "seq_mean", 64)
+    total = 0.0
+    [packs] = common.minibatches(batch, lengths > 0, 1, tokens_per_gpu)
+    for pack in packs:
+        logp, _ = common.logprobs(model, pack, 0.9)
+        loss, _ = policy_loss(logp, logp.detach() - 0.1, adv[pack.rows], 0.2, 0.28)
+        loss = (loss * weight[pack.rows]).sum()
+        accelerator.backward(loss * accelerator.num_processes)
+        total += loss.item()
+    return sum(common.all_gather(total)), torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+if __name__ == "__main__":
+    result = gradient(int(sys.argv[1]))
+    if int(os.environ["RANK"]) == 0:
+        torch.save(result, sys.argv[2])
