@@ -163,11 +163,31 @@ def test_any_split_gives_the_same_gradient(tmp_path):
         torch.testing.assert_close(got, whole, atol=1e-5 * float(whole.abs().max()), rtol=1e-5)
 
 
-def test_two_processes_learn(tmp_path):
-    flags = ["--scale", "laptop", "--data", "easy", "--eval_data", "eval_easy", "--steps", "12", "--lr", "3e-4"]
-    torchrun(2, "lite_ppo.py", *flags, "--out", tmp_path / "run")
+LEARN = ["--scale", "laptop", "--data", "easy", "--eval_data", "eval_easy", "--steps", "10", "--lr", "3e-4"]
+ENGINES = ["hf", pytest.param("vllm", marks=pytest.mark.vllm)]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_ten_steps_raise_the_reward(engine, processes, tmp_path):
+    torchrun(processes, "lite_ppo.py", *LEARN, "--engine", engine, "--out", tmp_path / "run")
     rows = read_metrics(tmp_path / "run")
-    assert rows[-1]["eval/easy/accuracy"] > rows[0]["eval/easy/accuracy"] + 0.1
+    accuracy = [rows[i]["eval/easy/accuracy"] for i in (0, -1)]
+    first, last = (sum(row["reward/mean"] for row in part) / 3 for part in (rows[:3], rows[-4:-1]))
+    print(
+        f"{engine}, {processes} processes: reward {first:.3f} to {last:.3f}, accuracy {accuracy[0]:.3f} to {accuracy[1]:.3f}"
+    )
+    assert last > first + 0.1 and accuracy[1] > accuracy[0] + 0.1
+    assert max(row["rollout/logp_gap"] for row in rows[:-1]) < 1e-4
+
+
+@pytest.mark.vllm
+def test_vllm_without_a_launcher_and_to_the_end(tmp_path):
+    """`python lite_ppo.py --engine vllm` starts, samples, and leaves without an error on the way out."""
+    command = [sys.executable, "lite_ppo.py", *SMALL, "--engine", "vllm", "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr and (tmp_path / "run" / "result.json").exists()
 
 
 # --------------------------------------------------------------------------------------------------------- safeguards
