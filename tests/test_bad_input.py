@@ -107,6 +107,7 @@ def test_a_folder_without_a_model(refused, tmp_path):
         ('{"problem": "what is 1 + 2?", "answer": null}\n', '"answer"'),
         ('{"problem": null, "answer": 0}\n', '"problem"'),
         ("[1, 2]\n", "line 1"),
+        ('{"id": 1, "problem": "a", "answer": 3}\n{"id": "1", "problem": "b", "answer": 3}\n', "line 2"),
         ("", "line 1"),
         (b"\xff\xfe\n", "line 1"),
     ],

@@ -139,9 +139,24 @@ def torchrun(processes, *command):
     assert done.returncode == 0, done.stderr
 
 
-def test_two_processes_give_the_same_rollout_and_step(tmp_path):
-    """From the real command line."""
-    flags = [*SMALL, "--steps", "1", "--prompts_per_step", "8", "--max_response_len", "64", "--tokens_per_gpu", "256"]
+FEW = [
+    "--overlong",
+    "filter",
+    "--max_response_len",
+    "12",
+    "--norm",
+    "none",
+    "--wrong_reward",
+    "-1",
+    "--minibatches",
+    "8",
+]
+
+
+@pytest.mark.parametrize("more", [["--max_response_len", "64"], FEW], ids=["all", "few_survive"])
+def test_two_processes_give_the_same_rollout_and_step(more, tmp_path):
+    """From the real command line. Where few responses survive the filter, a process may have none, or no mini-batch any."""
+    flags = [*SMALL, "--steps", "1", "--prompts_per_step", "8", "--tokens_per_gpu", "256", *more]
     rows = []
     for processes in (1, 2):
         torchrun(processes, "lite_ppo.py", *flags, "--out", tmp_path / str(processes))
@@ -153,11 +168,11 @@ def test_two_processes_give_the_same_rollout_and_step(tmp_path):
 
 
 def test_any_split_gives_the_same_gradient(tmp_path):
-    """One process or two, few packs or many, one of them empty."""
-    loss, whole = gradient(10_000)
-    assert whole.abs().max() > 0
-    for processes, budget in [(1, 80), (2, 10_000), (2, 80)]:
-        torchrun(processes, "tests/workers.py", budget, tmp_path / "gradient.pt")
+    """One process or two, few packs or many; with a single response, the second process has an empty pack."""
+    for processes, budget, survivors in [(1, 80, 12), (2, 10_000, 12), (2, 80, 12), (2, 10_000, 1)]:
+        loss, whole = gradient(10_000, survivors)
+        assert whole.abs().max() > 0
+        torchrun(processes, "tests/workers.py", budget, survivors, tmp_path / "gradient.pt")
         got_loss, got = torch.load(tmp_path / "gradient.pt")
         assert got_loss == pytest.approx(loss, rel=1e-5)
         torch.testing.assert_close(got, whole, atol=1e-5 * float(whole.abs().max()), rtol=1e-5)

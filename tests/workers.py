@@ -11,13 +11,13 @@ import common
 from lite_ppo import advantages, policy_loss, token_weights
 
 
-def gradient(tokens_per_gpu):
-    """-> loss, gradient of one optimizer step on twelve fixed responses, two of them filtered out"""
+def gradient(tokens_per_gpu, survivors):
+    """-> loss, gradient of one optimizer step on the first of twelve fixed responses, the fourth and ninth filtered out"""
     accelerator = accelerate.Accelerator(cpu=True)
     model = accelerator.prepare(load_policy())
     batch = make_batch(12)
     lengths = torch.tensor([float(len(r.ids)) for r in batch])
-    lengths[[3, 8]] = 0
+    lengths[[3, 8]] = lengths[survivors:] = 0
     rewards = torch.tensor([1.0, 0, 0, 1, 0, 0, 0, 1, 1, 1, 0, 1]).view(3, 4)
     adv, weight = advantages(rewards, "group_mean_batch_std").flatten(), token_weights(lengths, "seq_mean", 64)
     total = 0.0
@@ -32,6 +32,6 @@ def gradient(tokens_per_gpu):
 
 
 if __name__ == "__main__":
-    result = gradient(int(sys.argv[1]))
+    result = gradient(int(sys.argv[1]), int(sys.argv[2]))
     if int(os.environ["RANK"]) == 0:
-        torch.save(result, sys.argv[2])
+        torch.save(result, sys.argv[3])
