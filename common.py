@@ -10,6 +10,7 @@ N responses in a batch, prompt by prompt; S tokens in a pack, T of them trained 
 
 import argparse
 import contextlib
+import datetime
 import gc
 import hashlib
 import importlib.metadata
@@ -156,7 +157,7 @@ def check(args):
     """Ends the program on settings that do not go together, and on files that are not there."""
     responses, longest = args.prompts_per_step * args.group_size, args.max_prompt_len + args.max_response_len
     model, out, minibatch = find(args.model), Path(args.out), responses // args.minibatches
-    finished = (out / "result.json").exists()
+    finished, done = (out / "result.json").exists(), last_checkpoint(out)[0]
     on_hub = args.scale == "node" and re.fullmatch(r"[\w.-]+/[\w.-]+", args.model)
     size = f"--prompts_per_step {args.prompts_per_step} x --group_size {args.group_size}"
     mistakes = [
@@ -172,8 +173,8 @@ def check(args):
         (out.exists() and not args.resume and finished,
          f"--out {out}: holds a finished run; give another --out or --seed, or remove it"),
         (out.exists() and not args.resume, f"--out {out}: is there already; --resume it, remove it or give another"),
-        (args.resume and finished and last_checkpoint(out)[0] >= args.steps,
-         f"--resume {out}: that run is finished; give more --steps than {args.steps} to go on"),
+        (args.resume and done >= args.steps + (not finished),
+         f"--resume {out}: {done} steps are done; give more --steps than {args.steps} to go on"),
     ]  # fmt: skip
     for flag, name in [("data", args.data), *(("eval_data", name) for name in args.eval_data.split(","))]:
         path = data_file(args, name)
@@ -184,8 +185,8 @@ def check(args):
 
 
 def find(path):
-    """As given, or as seen from the repository, so that the defaults work from every folder."""
-    return Path(path) if Path(path).exists() else ROOT / path
+    """As given, or as seen from the repository where it is there, so that the defaults work from every folder."""
+    return ROOT / path if (ROOT / path).exists() and not Path(path).exists() else Path(path)
 
 
 def data_file(args, name):
@@ -287,7 +288,7 @@ class Engine:
     """Samples from its own copy of the weights. The order of a step: wake, load, generate as often as you like, sleep."""
 
     def __init__(self, args, tokenizer):
-        self.args, self.tokenizer, self.stop = args, tokenizer, stop_ids(find_model(args), tokenizer)
+        self.args, self.tokenizer, self.stop = args, tokenizer, stop_ids(str(find(args.model)), tokenizer)
 
     def generate(self, problems, n, step):
         """n responses to each problem, problem by problem, the same list on every process. `step` is for the seeds."""
@@ -299,6 +300,15 @@ class Engine:
             Response(problem, ids, logp, int(ids[-1]) not in self.stop, text)
             for (problem, _), (ids, logp), text in zip(requests, sampled, texts)
         ]
+
+    def wake(self):
+        pass
+
+    def sleep(self):
+        pass
+
+    def close(self):
+        pass
 
 
 class VllmEngine(Engine):
@@ -320,7 +330,7 @@ class VllmEngine(Engine):
 
         with own_rng():  # LLM() seeds python's, numpy's and torch's generators, alike on every process
             self.llm = LLM(
-                find_model(args),
+                str(find(args.model)),
                 dtype=str(compute_dtype()).removeprefix("torch."),
                 distributed_executor_backend="external_launcher",  # in process, in the process group that is there
                 load_format="dummy",  # `load` brings the weights before the first sample
@@ -354,8 +364,7 @@ class VllmEngine(Engine):
         settings = dict(temperature=a.temperature, top_p=a.top_p, top_k=a.top_k, max_tokens=a.max_response_len)
         settings |= dict(stop_token_ids=self.stop, logprobs=0, flat_logprobs=True, detokenize=False)
         params = [SamplingParams(seed=seed, **settings) for seed in seeds]
-        with own_rng():
-            outs = self.llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+        outs = self.llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
         outs = [out.outputs[0] for out in outs]
         return [(torch.tensor(out.token_ids), torch.tensor(out.logprobs.logprobs)) for out in outs]
 
@@ -373,11 +382,10 @@ class HfEngine(Engine):
         super().__init__(args, tokenizer)
         from transformers import AutoModelForCausalLM
 
-        lm = AutoModelForCausalLM.from_pretrained(find_model(args), dtype=compute_dtype(), attn_implementation="sdpa")
+        lm = AutoModelForCausalLM.from_pretrained(
+            str(find(args.model)), dtype=compute_dtype(), attn_implementation="sdpa"
+        )
         self.lm = lm.to(device()).eval().requires_grad_(False)
-
-    def wake(self):
-        pass
 
     def load(self, model):
         mine = dict(self.lm.named_parameters())
@@ -404,26 +412,20 @@ class HfEngine(Engine):
         for t in range(a.max_response_len):
             inputs = dict(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1)[:, -ids.shape[1] :])
             logits = self.lm(**inputs, past_key_values=cache, logits_to_keep=1).logits[:, -1].float()  # (B, V)
-            logp = keep_likeliest(logits / a.temperature, a.top_p, a.top_k).log_softmax(-1).cpu()  # (B, V)
-            token = draw(logp, noise[rows, t])  # (B,)
-            tokens[rows, t], logps[rows, t] = token, logp.gather(1, token[:, None])[:, 0]
-            ended = rows[torch.isin(token, torch.tensor(self.stop))]
+            logp = keep_likeliest(logits / a.temperature, a.top_p, a.top_k).log_softmax(-1)  # (B, V)
+            token = draw(logp, noise[rows, t].to(device()))  # (B,)
+            tokens[rows, t], logps[rows, t] = token.cpu(), logp.gather(1, token[:, None])[:, 0].cpu()
+            ended = rows[torch.isin(tokens[rows, t], torch.tensor(self.stop))]
             lengths[ended] = lengths[ended].clamp(max=t + 1)
             going = lengths[rows] > t + 1  # (B,)
             if not going.any():
                 break
-            ids, mask = token[:, None].to(device()), F.pad(mask, (0, 1), value=1)
+            ids, mask = token[:, None], F.pad(mask, (0, 1), value=1)
             if going.float().mean() < HF_CROWD:
                 keep = going.nonzero()[:, 0].to(device())
                 cache.batch_select_indices(keep)
                 rows, ids, mask = rows[going], ids[keep], mask[keep]
         return [(tokens[i, :length].clone(), logps[i, :length].clone()) for i, length in enumerate(lengths.tolist())]
-
-    def sleep(self):
-        pass
-
-    def close(self):
-        pass
 
 
 def keep_likeliest(logits, top_p, top_k):  # (B, V) -> (B, V), minus infinity where nothing may be sampled
@@ -481,11 +483,12 @@ def minibatches(batch, trained, count, tokens_per_gpu):
         for i in sorted(rows, key=lambda i: -lengths[i]):
             r = load.index(min(load))
             load[r] += lengths[i] * (24576 + lengths[i])  # a token's work grows with its context; 24576: a 4B-8B model
-            roomy = (pack for pack in packs[r] if sum(lengths[j] for j in pack) + lengths[i] <= tokens_per_gpu)
-            pack = next(roomy, None)
-            packs[r] += [[i]] if pack is None else []
-            if pack is not None:
-                pack.append(i)
+            for pack in packs[r]:
+                if sum(lengths[j] for j in pack) + lengths[i] <= tokens_per_gpu:
+                    pack.append(i)
+                    break
+            else:
+                packs[r].append([i])
         most = max(map(len, packs))
         plan.append([Pack(batch, sorted(pack)) for pack in packs[rank()] + [[]] * (most - len(packs[rank()]))])
     return plan
@@ -580,7 +583,7 @@ def start(args):
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    cuda, name = torch.cuda.is_available(), find_model(args)
+    cuda, name = torch.cuda.is_available(), str(find(args.model))
     tokenizer = AutoTokenizer.from_pretrained(name)
     problems = Problems(load_problems(data_file(args, args.data), tokenizer, args.max_prompt_len), args.seed)
     if len(problems.rows) < args.prompts_per_step:
@@ -593,26 +596,26 @@ def start(args):
         for file in eval_files
         for row in load_problems(file, tokenizer, args.max_prompt_len)
     ]
-    accelerator = accelerate.Accelerator(mixed_precision="bf16" if cuda else "no")
+    patience = accelerate.InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))  # one rank may sample for long
+    accelerator = accelerate.Accelerator(mixed_precision="bf16" if cuda else "no", kwargs_handlers=[patience])
     if not cuda:
         torch.set_num_threads(max(1, min(CPU_THREADS, os.cpu_count()) // world()))  # accelerate launch says 1
     accelerate.utils.set_seed(args.seed)
     register_attention()
-    model = Policy(AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, attn_implementation="packed"))
+    lm = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, attn_implementation="packed")
+    if cuda:  # activations are computed again in the backward pass; a tiny model on a CPU has none to speak of
+        lm.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model = Policy(lm)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=cuda)
     model, optimizer = accelerator.prepare(model, optimizer)
     vllm = args.engine == "vllm" or (args.engine == "auto" and cuda and importlib.util.find_spec("vllm"))
     engine = (VllmEngine if vllm else HfEngine)(args, tokenizer)
-    if rank() == 0 and not args.resume:
-        open_run(args)
+    if rank() == 0:
+        (open_run if not args.resume else reopen_run)(args)
     accelerator.wait_for_everyone()
     transformers.utils.logging.disable_progress_bar()  # from here on there is ours
     first_step = restore(args, accelerator, problems)
     return accelerator, model, optimizer, engine, problems, Log(args, first_step, eval_problems)
-
-
-def find_model(args):
-    return str(find(args.model)) if find(args.model).is_dir() else args.model
 
 
 def unwrap(model):
@@ -631,7 +634,7 @@ def compute_dtype():
 def own_rng():
     """Puts the random generators of this process back as they were."""
     python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
         yield
     random.setstate(python)
     np.random.set_state(numpy)
@@ -704,7 +707,7 @@ class Log:
         self.mean("rollout/response_len", [len(r.ids) for r in batch])
         self.mean("rollout/truncated", [r.truncated for r in batch])
         if truncated:
-            self.mean("rollout/repeat_ratio", [rewards.repeats(r.ids) for r in truncated])
+            self.mean("rollout/repeat_ratio", spread(lambda r: rewards.repeats(r.ids), truncated))
         self.mean("reward/mean", reward)
         self.mean("reward/std", reward.std())
         self.mean("reward/solved_all", solved.all(1))
@@ -771,10 +774,20 @@ def open_run(args):
     (aside / "source").mkdir(parents=True)
     for name in (args.script, "common", "rewards"):
         shutil.copy(ROOT / f"{name}.py", aside / "source")
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume")}
-    (aside / "args.json").write_text(json.dumps(settings, indent=1))
+    write_settings(args, aside)
     (aside / "versions.json").write_text(json.dumps(versions(), indent=1))
     aside.rename(folder)
+
+
+def reopen_run(args):
+    """It may have been finished, and may now get more steps."""
+    (Path(args.out) / "result.json").unlink(missing_ok=True)
+    write_settings(args, Path(args.out))
+
+
+def write_settings(args, folder):
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume")}
+    write_aside(folder / "args.json", json.dumps(settings, indent=1))
 
 
 def versions():
@@ -805,6 +818,7 @@ def save(log, engine, accelerator, model, problems, step):
         shutil.rmtree(aside, ignore_errors=True)
     accelerator.wait_for_everyone()
     accelerator.save_state(aside / "state", safe_serialization=False)  # safetensors would refuse tied weights
+    accelerator.wait_for_everyone()  # each process has a file of its own in there
     if rank() == 0:
         unwrap(model).lm.save_pretrained(aside)
         engine.tokenizer.save_pretrained(aside)
@@ -814,6 +828,7 @@ def save(log, engine, accelerator, model, problems, step):
             if old != folder:
                 shutil.rmtree(old)
     accelerator.wait_for_everyone()
+    log.lap("save")
 
 
 def restore(args, accelerator, problems):
@@ -836,11 +851,13 @@ def check_engine(log, minis):
     """
     gaps = [pack.old_logp - pack.engine_logp for packs in minis for pack in packs]
     gap = torch.cat(gaps or [torch.zeros(0)])  # (T,)
+    above, tokens = torch.tensor(all_gather((float(gap.clamp(min=0).sum()), len(gap)))).sum(0).tolist()
+    if not tokens:  # all filtered
+        return
     log.mean("rollout/logp_gap", gap.abs())
     log.mean("rollout/logp_k3", gap.exp() - 1 - gap)
-    totals = torch.tensor(all_gather((float(gap.clamp(min=0).sum()), len(gap)))).sum(0)
-    above, limit = float(totals[0] / totals[1]), STALE[compute_dtype()]  # above is no number where nothing is trained
-    if above > limit:
+    above, limit = above / tokens, STALE[compute_dtype()]
+    if not above <= limit:  # nor is it when the engine's are no numbers
         raise SystemExit(
             f"the engine samples from other weights than the trainer's: the trainer gives its tokens {above:.4f} nats "
             f"more than it did (healthy: below {limit}). Is engine.load(model) called before engine.generate?"
@@ -896,10 +913,10 @@ def finish(log, accelerator, engine):
         print(f"{'accuracy':16s}{'before':>8s}{'after':>8s}")
         for name, (before, after) in result.items():
             print(f"{name:16s}{before:8.3f}{after:8.3f}")
+        write_aside(log.folder / "result.json", json.dumps(result, indent=1))
         from plots.curves import draw
 
         draw([log.folder], log.folder / "curves.png")
-        write_aside(log.folder / "result.json", json.dumps(result, indent=1))
         print(f"metrics, samples, checkpoint and curves.png are in {log.folder}")
     accelerator.wait_for_everyone()
     engine.close()

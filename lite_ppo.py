@@ -109,7 +109,7 @@ def parse_args(argv=None):
         common.fail(
             f"--group_size 1: a group of one has no mean to differ from under --norm {args.norm}; give 2 or more"
         )
-    if args.minibatches == 1:
+    if args.minibatches == 1 and common.rank() == 0:
         print("--minibatches 1: the ratio is always 1, so that --clip_low and --clip_high do nothing")
     return args
 
@@ -137,10 +137,11 @@ def main():
             [1.0 if g.correct else float(args.wrong_reward) for g in grades], device=accelerator.device
         )
         rewards = rewards.view(-1, args.group_size)  # (P, G)
-        log.lap("reward")
 
         # advantage: one number a response, shared by all its tokens
         adv = advantages(rewards, args.norm).flatten()  # (N,)
+        log.rollout(batch, grades, rewards, adv)
+        log.lap("reward")
 
         # loss weights: one number a response too, from the whole mini-batch, before it is shared out
         lengths = torch.tensor([float(len(r.ids)) for r in batch], device=accelerator.device)  # (N,)
@@ -174,11 +175,15 @@ def main():
                 log.mean("train/clip_low", (ratio < 1 - args.clip_low) & (a < 0))
                 log.mean("train/clip_high", (ratio > 1 + args.clip_high) & (a > 0))
                 log.max("train/ratio_max", ratio)
-            log.mean("train/grad_norm", accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm))
+            grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+            if not torch.isfinite(grad_norm):
+                raise SystemExit(
+                    f"step {step}: the norm of the gradient is {grad_norm.item()}; the weights are as before"
+                )
+            log.mean("train/grad_norm", grad_norm)
             optimizer.step()
             optimizer.zero_grad()
         log.mean("train/lr", lr)
-        log.rollout(batch, grades, rewards, adv)
         log.lap("update")
         log.write(step)
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:

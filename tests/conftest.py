@@ -1,4 +1,5 @@
 import json
+import os
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -7,6 +8,13 @@ import pytest
 import torch
 
 import common
+
+
+def pytest_configure(config):
+    """The tests are about the laptop scale: without `-m gpu` no GPU is seen."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 
 ROOT = Path(__file__).parent.parent
 BASE = str(ROOT / "data" / "tiny" / "base")

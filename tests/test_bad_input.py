@@ -177,6 +177,8 @@ def test_resume_a_finished_run(refused, stored):
     (stored / "result.json").write_text("{}")
     (stored / "checkpoints" / "step_000004").mkdir(parents=True)
     assert "--steps" in refused("--resume", stored, out=stored)
+    (stored / "result.json").unlink()
+    assert "--steps" in refused("--resume", stored, "--steps", 3, out=stored)  # it is further than that
 
 
 def test_a_finished_run_is_not_overwritten(refused, stored):

@@ -7,7 +7,7 @@ import gc
 
 import pytest
 import torch
-from conftest import BASE, engine_args, make_batch
+from conftest import BASE, engine_args, load_policy, make_batch
 from test_engine import generate, make_problems
 
 import common
@@ -42,21 +42,17 @@ def model(tmp_path_factory):
     return str(folder)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def policy(model):
-    from transformers import AutoModelForCausalLM
-
-    common.register_attention()
-    lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="packed")
-    return common.Policy(lm).cuda()
+    return load_policy(model).cuda()
 
 
 @pytest.fixture(scope="module")
-def engine(model, policy):
+def engine(model):
     """The engine, and how much was free before it was made."""
     from transformers import AutoTokenizer
 
-    before = free()
+    before = free()  # no trainer on the GPU yet
     engine = common.VllmEngine(engine_args(model=model, max_response_len=256), AutoTokenizer.from_pretrained(model))
     yield engine, before
     engine.close()
@@ -72,7 +68,9 @@ def k3(d):
     return (d.exp() - 1 - d).mean().item()
 
 
-def shake(policy, seed):
+def shake(policy, model, seed):
+    """A random change of every weight, away from the model as it is stored."""
+    policy.load_state_dict(load_policy(model).state_dict())
     g = torch.Generator("cuda").manual_seed(seed)
     with torch.no_grad():
         for p in policy.parameters():
@@ -91,23 +89,23 @@ def test_sleep_returns_the_memory(engine, policy):
     assert asleep - awake >= 0.9 * (before - awake)
 
 
-def test_load_after_wake_gives_the_trainers_log_probabilities(engine, policy):
+def test_load_after_wake_gives_the_trainers_log_probabilities(engine, policy, model):
     engine, _ = engine
     for seed in (1, 2, 3):
         batch = generate(engine, policy)
         fresh = gap(policy, batch)
-        shake(policy, seed)
+        shake(policy, model, seed)
         stale = gap(policy, batch)
         print(f"k3 fresh {k3(fresh):.1e}, stale {k3(stale):.1e}; mean |gap| fresh {fresh.abs().mean():.4f}")
         assert k3(fresh) < 1e-3 and fresh.clamp(min=0).mean() < common.STALE[torch.bfloat16]
         assert k3(stale) > 1e-2 and stale.clamp(min=0).mean() > common.STALE[torch.bfloat16]
 
 
-def test_twenty_cycles_leak_nothing(engine, policy):
+def test_twenty_cycles_leak_nothing(engine, policy, model):
     engine, _ = engine
     left = []
     for cycle in range(20):
-        shake(policy, cycle)
+        shake(policy, model, cycle)
         batch = generate(engine, policy, n=2)
         assert k3(gap(policy, batch)) < 1e-3
         left.append(free())

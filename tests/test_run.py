@@ -67,13 +67,13 @@ def test_the_checkpoint_is_a_model(finished):
 
 # ----------------------------------------------------------------------------------------------------- stop and go on
 
-KILLS = {  # where a run is killed -> what is replaced to do it, at the second call of it
-    "before_checkpoint": "common.save",
-    "within_checkpoint": "transformers.PreTrainedModel.save_pretrained",
-    "before_rename": "pathlib.Path.rename",
-    "before_old_one_goes": "shutil.rmtree",
-    "within_update": "common.check_finite",
-    "after_metrics": "common.Log.clear",
+KILLS = {  # where a run is killed: at which call of what, and how many checkpoints there are then
+    "before_first_checkpoint": ("common.Log.clear", 2, 0),
+    "before_checkpoint": ("common.save", 2, 1),
+    "within_checkpoint": ("transformers.PreTrainedModel.save_pretrained", 2, 1),
+    "before_rename": ("pathlib.Path.rename", 3, 1),
+    "before_old_one_goes": ("shutil.rmtree", 4, 2),
+    "within_update": ("common.check_finite", 6, 1),
 }
 KILLER = """
 import os, signal, sys, importlib
@@ -92,16 +92,13 @@ lite_ppo.main()
 """
 
 
-def killed(folder, where, after):
-    command = [sys.executable, "-c", KILLER, where, str(after), *SMALL, "--steps", "4", "--out", str(folder)]
+@pytest.mark.parametrize("what, call, checkpoints", KILLS.values(), ids=KILLS)
+def test_killed_and_resumed_is_the_same_run(finished, what, call, checkpoints, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    command = [sys.executable, "-c", KILLER, what, str(call), *SMALL, "--steps", "4", "--out", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == -signal.SIGKILL, done.stderr
-
-
-@pytest.mark.parametrize("where", KILLS)
-def test_killed_and_resumed_is_the_same_run(finished, where, tmp_path, monkeypatch):
-    folder = tmp_path / "run"
-    killed(folder, KILLS[where], {"before_rename": 3, "within_update": 6, "before_old_one_goes": 3}.get(where, 2))
+    assert len(list((folder / "checkpoints").glob("step_??????"))) == checkpoints
     run_main(monkeypatch, lite_ppo, "--resume", folder)
     got, want = ([without_times(row) for row in read_metrics(f)] for f in (folder, finished))
     assert got == want  # to the last bit
@@ -125,6 +122,7 @@ def test_more_steps(finished, tmp_path, monkeypatch):
     shutil.copytree(finished, folder)
     rows = run_main(monkeypatch, lite_ppo, "--resume", folder, "--steps", 5)
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5]
+    assert json.loads((folder / "args.json").read_text())["steps"] == 5 and (folder / "result.json").exists()
 
 
 # ------------------------------------------------------------------------------------------------------ two processes
