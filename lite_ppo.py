@@ -41,7 +41,7 @@ DEFAULTS = {  # flag: (laptop, node). Node is the paper: sections 3.1 and 4 and 
     "max_prompt_len": (64, 1024),  # appendix A.1
     "max_response_len": (128, 8192),  # section 3.1 (appendix A.1 says 8000)
     "tokens_per_gpu": (4096, 32768),
-    "vllm_memory": (0.3, 0.6),
+    "vllm_memory": (0.3, 0.5),
     "seed": (1, 42),  # appendix A.1
     "eval_every": (40, 20),  # the paper evaluates every step
     "eval_samples": (1, 8),  # not stated; 8 fits the paper's numbers
