@@ -597,7 +597,8 @@ def start(args):
         for row in load_problems(file, tokenizer, args.max_prompt_len)
     ]
     patience = accelerate.InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))  # one rank may sample for long
-    accelerator = accelerate.Accelerator(mixed_precision="bf16" if cuda else "no", kwargs_handlers=[patience])
+    precision = "bf16" if cuda else "no"
+    accelerator = accelerate.Accelerator(cpu=not cuda, mixed_precision=precision, kwargs_handlers=[patience])
     if not cuda:
         torch.set_num_threads(max(1, min(CPU_THREADS, os.cpu_count()) // world()))  # accelerate launch says 1
     accelerate.utils.set_seed(args.seed)

@@ -101,14 +101,10 @@ def parse_args(argv=None):
     p.add_argument("--clip_low", type=common.number(float, 0, 1), help="the ratio is cut at 1 - clip_low")
     p.add_argument("--clip_high", type=common.number(float, 0), help="the ratio is cut at 1 + clip_high")
     p.add_argument("--overlong", choices=["keep", "filter"], help="filter: a truncated response is not trained on")
-    p.add_argument(
-        "--wrong_reward", type=int, choices=[0, -1], help="the reward of a wrong response; a right one has 1"
-    )
+    p.add_argument("--wrong_reward", type=int, choices=[0, -1], help="of a wrong response; a right one has 1")
     args = common.parse_args(p, argv)
     if args.group_size == 1 and "group" in args.norm:
-        common.fail(
-            f"--group_size 1: a group of one has no mean to differ from under --norm {args.norm}; give 2 or more"
-        )
+        common.fail(f"--group_size 1: never differs from its own mean under --norm {args.norm}; give 2 or more")
     if args.minibatches == 1 and common.rank() == 0:
         print("--minibatches 1: the ratio is always 1, so that --clip_low and --clip_high do nothing")
     return args
@@ -133,10 +129,8 @@ def main():
 
         # reward
         grades = common.spread(lambda r: grade(r.text, r.problem["answer"]), batch)
-        rewards = torch.tensor(
-            [1.0 if g.correct else float(args.wrong_reward) for g in grades], device=accelerator.device
-        )
-        rewards = rewards.view(-1, args.group_size)  # (P, G)
+        values = [1.0 if g.correct else float(args.wrong_reward) for g in grades]
+        rewards = torch.tensor(values, device=accelerator.device).view(-1, args.group_size)  # (P, G)
 
         # advantage: one number a response, shared by all its tokens
         adv = advantages(rewards, args.norm).flatten()  # (N,)
@@ -147,8 +141,8 @@ def main():
         lengths = torch.tensor([float(len(r.ids)) for r in batch], device=accelerator.device)  # (N,)
         if args.overlong == "filter":
             lengths[torch.tensor([r.truncated for r in batch])] = 0
-        minis = lengths.chunk(args.minibatches)
-        weight = torch.cat([token_weights(mini, args.loss_agg, args.max_response_len) for mini in minis])  # (N,)
+        parts = lengths.chunk(args.minibatches)
+        weight = torch.cat([token_weights(part, args.loss_agg, args.max_response_len) for part in parts])  # (N,)
 
         # old policy: frozen for all mini-batches of this rollout
         minis = common.minibatches(batch, (lengths > 0).tolist(), args.minibatches, args.tokens_per_gpu)
@@ -177,9 +171,7 @@ def main():
                 log.max("train/ratio_max", ratio)
             grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
             if not torch.isfinite(grad_norm):
-                raise SystemExit(
-                    f"step {step}: the norm of the gradient is {grad_norm.item()}; the weights are as before"
-                )
+                raise SystemExit(f"step {step}: the norm of the gradient is {grad_norm.item()}; it was not applied")
             log.mean("train/grad_norm", grad_norm)
             optimizer.step()
             optimizer.zero_grad()
