@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, read_metrics, run_main, without_times
+from conftest import BASE, ROOT, SMALL, read_metrics, run_main, without_times
 from workers import gradient
 
 import common
@@ -63,6 +63,27 @@ def test_the_checkpoint_is_a_model(finished):
     assert folder.name == "step_000004"
     assert AutoModelForCausalLM.from_pretrained(folder).config.hidden_size == 128
     assert AutoTokenizer.from_pretrained(folder).decode([5]) != ""
+
+
+def test_the_node_column_runs_too(tmp_path, monkeypatch):
+    """The paper's sampling and mini-batches, on the small model and small numbers: the same script at the other scale."""
+    data = ROOT / "data" / "tiny"
+    flags = ["--scale", "node", "--model", BASE, "--data", data / "easy.jsonl", "--eval_data", data / "eval_easy.jsonl"]
+    small = [
+        "--steps",
+        2,
+        "--prompts_per_step",
+        8,
+        "--max_prompt_len",
+        64,
+        "--max_response_len",
+        40,
+        "--eval_samples",
+        1,
+    ]
+    rows = run_main(monkeypatch, lite_ppo, *flags, *small, "--tokens_per_gpu", 512, "--out", tmp_path / "run")
+    assert [row["train/lr"] for row in rows[:2]] == pytest.approx([1e-6 * 1 / 50, 1e-6 * 2 / 50])  # the warm-up
+    assert 0 < rows[0]["rollout/logp_gap"] < 0.02  # top-p 0.99: the engine shares out what was cut off
 
 
 # ----------------------------------------------------------------------------------------------------- stop and go on
