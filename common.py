@@ -513,15 +513,13 @@ def packed_attention(module, q, k, v, mask, scaling=None, dropout=0.0, *, cu_seq
 def varlen_attention(q, k, v, starts, longest, scaling):
     from torch.nn.attention.varlen import varlen_attn
 
-    known = inspect.signature(varlen_attn).parameters  # torch 2.11 and 2.13 differ
-    options = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
     q, k, v = (x[0].transpose(0, 1).to(torch.bfloat16) for x in (q, k, v))  # (S, H, D); autocast leaves q and k in fp32
-    if "enable_gqa" in known:
-        options["enable_gqa"] = True
-    else:
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    shared = {"enable_gqa": True}
+    if "enable_gqa" not in inspect.signature(varlen_attn).parameters:  # torch 2.11
+        shared, k, v = {}, *(x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     q, k, v = (x.contiguous() for x in (q, k, v))
-    return varlen_attn(q, k, v, starts, starts, longest, longest, scale=scaling, **options)[None]
+    causal = (-1, 0)  # every token before, none after
+    return varlen_attn(q, k, v, starts, starts, longest, longest, scale=scaling, window_size=causal, **shared)[None]
 
 
 def register_attention():

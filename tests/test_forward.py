@@ -129,3 +129,10 @@ def test_micro_batches_add_up():
         torch.testing.assert_close(
             gradient(batch, [True] * 12, 1, budget), whole, atol=1e-5 * float(whole.abs().max()), rtol=1e-4
         )
+
+
+def test_this_torch_takes_the_call_of_the_gpu_branch():
+    """Shapes and arguments alone, on the meta device; the numbers are for `-m gpu`."""
+    q, k, v = (torch.empty(1, heads, 20, 64, device="meta") for heads in (8, 4, 4))
+    starts = torch.tensor([0, 5, 20], dtype=torch.int32, device="meta")
+    assert common.varlen_attention(q, k, v, starts, 15, 0.125).shape == (1, 20, 8, 64)
