@@ -796,8 +796,10 @@ def versions():
             found[package] = importlib.metadata.version(package)
     if torch.cuda.is_available():
         found["gpu"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    return found | {"git": git.stdout.strip()}
+    if shutil.which("git"):
+        git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+        found["git"] = git.stdout.strip()
+    return found
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints
