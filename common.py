@@ -45,6 +45,7 @@ ROOT = Path(__file__).parent
 SYSTEM = r"Please reason step by step, and put your final answer within \boxed{}."  # arXiv 2508.08221, appendix A.2
 HEAD_CHUNK = 2048  # tokens whose logits exist at a time: 1.2 GiB in fp32 at Qwen3's 152k words
 CPU_THREADS = 8  # at most, for all processes together; a tiny model has no work for more
+GLOO_REST = 0.5  # seconds for gloo's thread to drop the last barrier; see `finish`
 HF_ROWS = 256  # sequences the hf engine samples at a time
 HF_CROWD = 0.8  # it drops the finished ones whenever fewer than this share is still going
 STALE = {torch.float32: 1e-3, torch.bfloat16: 0.05}  # nats, see `check_engine`; healthy: 1e-7 and about 0.01
@@ -920,5 +921,6 @@ def finish(log, accelerator, engine):
         draw([log.folder], log.folder / "curves.png")
         print(f"metrics, samples, checkpoint and curves.png are in {log.folder}")
     accelerator.wait_for_everyone()
+    time.sleep(GLOO_REST)  # it needs the interpreter for that, which the end of the process group holds while it waits
     engine.close()
     accelerator.end_training()
