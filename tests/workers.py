@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 
 import accelerate
 import torch
@@ -35,3 +36,5 @@ if __name__ == "__main__":
     result = gradient(int(sys.argv[1]), int(sys.argv[2]))
     if int(os.environ["RANK"]) == 0:
         torch.save(result, sys.argv[3])
+    time.sleep(common.GLOO_REST)
+    torch.distributed.destroy_process_group()
