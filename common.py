@@ -436,9 +436,7 @@ def keep_likeliest(logits, top_p, top_k):  # (B, V) -> (B, V), minus infinity wh
     return TopPLogitsWarper(top_p)(None, logits) if top_p < 1 else logits
 
 
-def draw(
-    logp, uniform
-):  # (B, V), (B,) in [0, 1) -> (B,), where the running total of the probabilities passes `uniform`
+def draw(logp, uniform):  # (B, V), (B,) in [0, 1) -> (B,), where the running total of probability passes `uniform`
     total = logp.double().exp().cumsum(-1)  # double, so that uniform x total[-1] stays below total[-1]
     return torch.searchsorted(total, uniform.double()[:, None] * total[:, -1:], right=True)[:, 0]
 
@@ -462,10 +460,11 @@ class Pack:
         self.starts = F.pad(ends, (1, 0)).int().to(device())  # (B + 1,), each sequence's first token, and the end
         self.ids = torch.cat(sequences).to(device())
         self.positions = torch.cat([torch.arange(n) for n in lengths]).to(device())
-        trained = [torch.arange(end - len(batch[i].ids), end) for i, end in zip(rows, ends)]
+        counts = torch.tensor([len(batch[i].ids) for i in rows], dtype=torch.long)  # trained tokens of each response
+        trained = [torch.arange(end - count, end) for end, count in zip(ends, counts)]
         trained = torch.cat([torch.arange(0), *trained]).to(device())
         self.select, self.labels = trained - 1, self.ids[trained]
-        self.rows = torch.tensor([i for i in rows for _ in batch[i].ids], dtype=torch.long, device=device())
+        self.rows = torch.tensor(rows, dtype=torch.long).repeat_interleave(counts).to(device())
         self.engine_logp = torch.cat([torch.zeros(0), *(batch[i].engine_logp for i in rows)]).to(device())
 
 

@@ -25,13 +25,8 @@ SMALL = [  # a run of seconds: two rollouts of sixteen short responses, that lea
 ]
 
 
-@pytest.fixture(scope="session")
-def attention():
-    common.register_attention()
-
-
 @pytest.fixture
-def policy(attention):
+def policy():
     """The laptop's base model as the trainer holds it."""
     return load_policy()
 

@@ -7,6 +7,8 @@ import sys
 import pytest
 from conftest import ROOT
 
+import rewards
+
 sys.path.insert(0, str(ROOT / "data"))
 import tiny  # noqa: E402
 
@@ -58,8 +60,6 @@ def test_tokenizer(style):
 
 @pytest.mark.parametrize("style", tiny.STYLES)
 def test_careful_solutions_are_right(style):
-    import rewards
-
     rng = random.Random(0)
     for _ in range(300):
         terms = tiny.make_terms(rng, *tiny.SETS["medium"][:4])
@@ -68,8 +68,6 @@ def test_careful_solutions_are_right(style):
 
 
 def test_careless_solutions_are_careless():
-    import rewards
-
     rng, right, endless = random.Random(0), 0, 0
     for _ in range(1000):
         terms = tiny.make_terms(rng, *tiny.SETS["medium"][:4])
