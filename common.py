@@ -98,6 +98,10 @@ FLAGS = {  # the flags all scripts share; their defaults stand in the script
     "minibatches": (COUNT, "optimizer steps a rollout"),
     "lr": (SIZE, "learning rate of AdamW, constant after the warm-up"),
     "warmup_steps": (number(int, 0), "rollouts over which the learning rate rises from 0"),
+    "lora_rank": (
+        number(int, 0),
+        "train low-rank adapters of all linear layers instead of the weights; 0: the weights",
+    ),
     "max_grad_norm": (SIZE, "a larger gradient is scaled down to this norm"),
     "temperature": (SIZE, "of sampling, and of the log-probabilities that are trained"),
     "top_p": (SHARE, "sample from the likeliest tokens of this total probability; 1: from all"),
@@ -280,9 +284,18 @@ def stop_ids(model, tokenizer):
 
 
 def weights(model):
-    """Every parameter by its Hugging Face name, one at a time, whole. All processes must go through all of them."""
-    for name, p in unwrap(model).lm.named_parameters():
-        yield name, p.detach().full_tensor() if hasattr(p, "full_tensor") else p.detach()
+    """Every parameter by its Hugging Face name, one at a time, whole. All processes must go through all of them.
+
+    With LoRA what the adapter adds is in it, summed in fp32 beside the weights, which stay as they are.
+    """
+    lm = unwrap(model).lm
+    for name, p in lm.named_parameters():
+        if ".lora_" in name:
+            continue
+        p = p.detach().full_tensor() if hasattr(p, "full_tensor") else p.detach()
+        if name.endswith(".base_layer.weight"):
+            p = p + lm.get_submodule(name.removesuffix(".base_layer.weight")).get_delta_weight("default").detach()
+        yield name.removeprefix("base_model.model.").replace(".base_layer.", "."), p
 
 
 class Engine:
@@ -292,7 +305,7 @@ class Engine:
         self.args, self.tokenizer, self.stop = args, tokenizer, stop_ids(str(find(args.model)), tokenizer)
 
     def generate(self, problems, n, step):
-        """n responses to each problem, problem by problem, the same list on every process. `step` is for the seeds."""
+        """n responses to each problem, problem by problem, the same list on every process. `step`, whatever it is, is for the seeds."""
         requests = [(p, seed_of(self.args.seed, step, p["id"], i)) for p in problems for i in range(n)]
         mine = requests[rank() :: world()]  # a group is scattered: its long responses do not meet on one GPU
         sampled = all_gather_rows(self.sample([p["prompt_ids"] for p, _ in mine], [seed for _, seed in mine]))
@@ -471,15 +484,15 @@ class Pack:
 def minibatches(batch, trained, count, tokens_per_gpu):
     """-> for each of `count` optimizer steps the packs of this process, equally many on every process.
 
-    trained (N,) bool: a response that is False is left out. Mini-batches are stretches of the batch, so that groups stay
-    whole. Within one, responses go to processes by cost, the dearest first to the least loaded, and into the first pack
-    with room. Every process works out the whole plan, from the lengths. A mini-batch without a response has no packs.
+    trained (N,) bool: a response that is False is left out. Mini-batches are stretches of the batch like torch's
+    tensor_split. Within one, responses go to processes by cost, the dearest first to the least loaded, and into the first
+    pack with room. Every process works out the whole plan, from the lengths. A mini-batch without a response has no packs.
     """
     lengths = [len(r.problem["prompt_ids"]) + len(r.ids) for r in batch]
-    size, plan = len(batch) // count, []
-    for start in range(0, len(batch), size):
+    plan = []
+    for part in torch.arange(len(batch)).tensor_split(count):
         load, packs = [0] * world(), [[] for _ in range(world())]
-        rows = [i for i in range(start, start + size) if trained[i]]
+        rows = [i for i in part.tolist() if trained[i]]
         for i in sorted(rows, key=lambda i: -lengths[i]):
             r = load.index(min(load))
             load[r] += lengths[i] * (24576 + lengths[i])  # a token's work grows with its context; 24576: a 4B-8B model
@@ -579,7 +592,7 @@ def start(args):
     """-> accelerator, model, optimizer, engine, problems, log. A resumed run stands at its last checkpoint."""
     import accelerate
     import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     cuda, name = torch.cuda.is_available(), str(find(args.model))
     tokenizer = AutoTokenizer.from_pretrained(name)
@@ -601,11 +614,17 @@ def start(args):
         torch.set_num_threads(max(1, min(CPU_THREADS, os.cpu_count()) // world()))  # accelerate launch says 1
     accelerate.utils.set_seed(args.seed)
     register_attention()
-    lm = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, attn_implementation="packed")
+    lm = load_lm(args)
+    if args.lora_rank:
+        import peft
+
+        adapter = peft.LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear")
+        lm = peft.get_peft_model(lm, adapter)
     if cuda:  # activations are computed again in the backward pass; a tiny model on a CPU has none to speak of
         lm.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = Policy(lm)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=cuda)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.0, fused=cuda)
     model, optimizer = accelerator.prepare(model, optimizer)
     vllm = args.engine == "vllm" or (args.engine == "auto" and cuda and importlib.util.find_spec("vllm"))
     engine = (VllmEngine if vllm else HfEngine)(args, tokenizer)
@@ -615,6 +634,27 @@ def start(args):
     transformers.utils.logging.disable_progress_bar()  # from here on there is ours
     first_step = restore(args, accelerator, problems)
     return accelerator, model, optimizer, engine, problems, Log(args, first_step, eval_problems)
+
+
+def load_lm(args):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        str(find(args.model)), dtype=torch.float32, attn_implementation="packed"
+    )
+
+
+def reference(args, model):
+    """-> the policy as it is before the first step, for `logprobs`: a frozen copy, or with LoRA the same model, adapter off"""
+    policy = unwrap(model)
+    frozen = policy if args.lora_rank else Policy(load_lm(args)).to(device()).requires_grad_(False)
+    adapter_off = policy.lm.disable_adapter if args.lora_rank else contextlib.nullcontext
+
+    def forward(*pack):
+        with adapter_off(), torch.autocast(device().type, torch.bfloat16, enabled=torch.cuda.is_available()):
+            return frozen(*pack)
+
+    return forward
 
 
 def unwrap(model):
@@ -675,7 +715,7 @@ class Log:
 
     def clear(self):
         self.sums, self.counts, self.maxima = {}, {}, {}
-        self.tokens, self.last_lap = 0, time.perf_counter()
+        self.tokens, self.trained_tokens, self.last_lap = 0, 0, time.perf_counter()
 
     def sum(self, name, values, count=0):
         values = torch.as_tensor(values).detach().double()
@@ -695,16 +735,17 @@ class Log:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         now = time.perf_counter()
-        self.mean(f"time/{phase}", now - self.last_lap)
+        self.sum(f"time/{phase}", (now - self.last_lap) / world())
         self.last_lap = now
 
     def rollout(self, batch, grades, reward, adv):
-        """What a batch is like. batch and grades: lists of N, reward (P, G), adv (N,)"""
+        """What was sampled. batch and grades: lists of N, reward (P, G); adv: of those that are trained on"""
         truncated = [r for r in batch if r.truncated]
         solved = torch.tensor([g.correct for g in grades]).view(reward.shape)  # (P, G)
         self.tokens = sum(len(r.ids) for r in batch)
         self.mean("rollout/response_len", [len(r.ids) for r in batch])
         self.mean("rollout/truncated", [r.truncated for r in batch])
+        self.mean("rollout/accuracy", solved)
         if truncated:
             self.mean("rollout/repeat_ratio", spread(lambda r: rewards.repeats(r.ids), truncated))
         self.mean("reward/mean", reward)
@@ -712,9 +753,10 @@ class Log:
         self.mean("reward/solved_all", solved.all(1))
         self.mean("reward/solved_none", ~solved.any(1))
         self.mean("reward/grader_errors", [bool(g.error) for g in grades])
-        self.mean("adv/std", adv.std())
-        self.max("adv/max", adv.abs())
-        self.mean("adv/zero", adv == 0)
+        if len(adv):
+            self.mean("adv/std", adv.std())
+            self.max("adv/max", adv.abs())
+            self.mean("adv/zero", adv == 0)
 
     def write(self, step):
         """Ends the step: a row of metrics.jsonl and, after a rollout, a line on the screen."""
@@ -728,7 +770,7 @@ class Log:
         row["time/step"] = sum(value for name, value in row.items() if name.startswith("time/"))
         if self.tokens:
             row["perf/generate_tokens_per_s"] = self.tokens / row["time/generate"]
-            row["perf/train_tokens_per_s"] = self.tokens / row["time/update"]
+            row["perf/train_tokens_per_s"] = self.trained_tokens / row["time/update"]
         if torch.cuda.is_available():
             row["perf/peak_gpu_gb"] = torch.cuda.max_memory_allocated() / 1e9
         if rank() == 0:
@@ -853,6 +895,7 @@ def check_engine(log, minis):
     gaps = [pack.old_logp - pack.engine_logp for packs in minis for pack in packs]
     gap = torch.cat(gaps or [torch.zeros(0)])  # (T,)
     above, tokens = torch.tensor(all_gather((float(gap.clamp(min=0).sum()), len(gap)))).sum(0).tolist()
+    log.trained_tokens = int(tokens)
     if not tokens:  # all filtered
         return
     log.mean("rollout/logp_gap", gap.abs())

@@ -33,6 +33,7 @@ DEFAULTS = {  # flag: (laptop, node). Node is the paper: sections 3.1 and 4 and 
     "group_size": (8, 8),  # section 3.1
     "minibatches": (4, 8),  # not stated; 1,024 responses, 4 x 32 an update on one rank make 8
     "lr": (1e-4, 1e-6),  # appendix A.1
+    "lora_rank": (0, 0),
     "warmup_steps": (0, 50),  # appendix A.1
     "max_grad_norm": (1.0, 1.0),  # not stated; the default of the authors' framework
     "temperature": (1.0, 0.99),  # section 3.1
@@ -51,8 +52,12 @@ DEFAULTS = {  # flag: (laptop, node). Node is the paper: sections 3.1 and 4 and 
 EPS = 1e-6  # added to every standard deviation
 
 
-def group_mean(r):  # (P, G) -> (P, 1)
-    return r.mean(1, keepdim=True)
+def group_mean(r):  # (P, G) -> (P, 1); relative to one of them, so that equal rewards have exactly their own mean
+    return r[:, :1] + (r - r[:, :1]).mean(1, keepdim=True)
+
+
+def batch_mean(r):  # (P, G) -> (), in the same way
+    return group_mean(r.flatten()[None])[0, 0]
 
 
 def group_std(r):  # (P, G) -> (P, 1), unbiased
@@ -66,9 +71,9 @@ def batch_std(r):  # (P, G) -> (), unbiased, of the raw rewards
 NORMS = {
     "none":                 lambda r: r,
     "group_mean":           lambda r: r - group_mean(r),
-    "batch_mean":           lambda r: r - r.mean(),
+    "batch_mean":           lambda r: r - batch_mean(r),
     "group_mean_group_std": lambda r: (r - group_mean(r)) / group_std(r),  # GRPO
-    "batch_mean_batch_std": lambda r: (r - r.mean()) / batch_std(r),  # REINFORCE++
+    "batch_mean_batch_std": lambda r: (r - batch_mean(r)) / batch_std(r),  # REINFORCE++
     "group_mean_batch_std": lambda r: (r - group_mean(r)) / batch_std(r),  # Lite PPO
 }  # fmt: skip
 
@@ -141,7 +146,7 @@ def main():
         lengths = torch.tensor([float(len(r.ids)) for r in batch], device=accelerator.device)  # (N,)
         if args.overlong == "filter":
             lengths[torch.tensor([r.truncated for r in batch])] = 0
-        parts = lengths.chunk(args.minibatches)
+        parts = lengths.tensor_split(args.minibatches)
         weight = torch.cat([token_weights(part, args.loss_agg, args.max_response_len) for part in parts])  # (N,)
 
         # old policy: frozen for all mini-batches of this rollout

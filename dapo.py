@@ -1,0 +1,243 @@
+"""DAPO: PPO's clipped loss without a critic, and five techniques, each with a flag that switches it off.          arXiv 2503.14476
+
+    A_i  = (r_i - mean of its group) / std of its group                                      --norm      advantages
+    L    = - sum_i w_i sum_t min(ratio_it A_i, clip(ratio_it, 1 - low, 1 + high) A_i)        --clip_*    policy_loss
+           low < high: Clip-Higher
+    w_i  = 1 / sum_j |o_j|, every token counts the same                                      --loss_agg  token_weights
+    r_i  = 1 if right, -1 if wrong, + clip((limit - buffer - |o_i|) / buffer, -1, 0)         --overlong  overlong_penalty
+           the soft overlong punishment: 0 up to limit - buffer tokens, then down to -1 at the limit
+    A group is kept if 0 < number of right responses < G: dynamic sampling                   --dynamic_sampling  KEEPS
+
+The limit is --max_response_len. P prompts, G responses to each, N = P G responses in a batch; P' prompts were sampled to
+find P with groups to keep. T tokens of one pack of responses, one after the other.
+
+    accelerate launch dapo.py --dynamic_sampling off
+"""
+
+import torch
+
+import common
+from rewards import grade
+
+DEFAULTS = {  # flag: (laptop, node). Node is the paper, section 4.1, unless it says otherwise; the model and the evaluation
+    # are those of arXiv 2508.08221, so that all scripts can be compared
+    "norm": ("group_mean_group_std", "group_mean_group_std"),  # equation 9
+    "loss_agg": ("token_mean", "token_mean"),  # section 3.3
+    "clip_low": (0.2, 0.2),
+    "clip_high": (0.28, 0.28),
+    "overlong": ("penalty", "penalty"),  # section 3.4
+    "overlong_buffer": (32, 4096),
+    "dynamic_sampling": ("on", "on"),  # section 3.2
+    "max_resample": (4, 9),  # not stated; the authors' recipe gives up after 10 rollouts in all
+    "wrong_reward": (-1, -1),  # equation 7
+    "model": ("data/tiny/base", "Qwen/Qwen3-4B-Base"),  # the paper: Qwen2.5-32B, more than one node trains
+    "data": ("hard", "dapo"),  # section 3.5
+    "eval_data": (
+        "eval_easy,eval_medium,eval_hard,eval_plus,eval_minus,eval_long",
+        "math500,olympiadbench,minerva_math,amc23,aime24,aime25",
+    ),
+    "steps": (80, 500),  # not stated
+    "prompts_per_step": (16, 512),
+    "group_size": (8, 16),
+    "minibatches": (4, 16),
+    "lr": (1e-4, 1e-6),
+    "lora_rank": (0, 0),
+    "warmup_steps": (0, 20),
+    "max_grad_norm": (1.0, 1.0),  # not stated
+    "temperature": (1.0, 1.0),
+    "top_p": (1.0, 1.0),  # of the rollouts; the paper evaluates with 0.7
+    "top_k": (0, 0),
+    "max_prompt_len": (64, 2048),  # not stated; the authors' recipe
+    "max_response_len": (128, 20480),  # 16,384 and the buffer
+    "tokens_per_gpu": (4096, 32768),
+    "vllm_memory": (0.3, 0.5),
+    "seed": (1, 42),
+    "eval_every": (40, 20),
+    "eval_samples": (1, 8),  # the paper: 32, on AIME 2024 alone
+    "save_every": (20, 20),
+}
+
+EPS = 1e-6  # added to every standard deviation
+
+
+def group_mean(r):  # (P, G) -> (P, 1); relative to one of them, so that equal rewards have exactly their own mean
+    return r[:, :1] + (r - r[:, :1]).mean(1, keepdim=True)
+
+
+def batch_mean(r):  # (P, G) -> (), in the same way
+    return group_mean(r.flatten()[None])[0, 0]
+
+
+def group_std(r):  # (P, G) -> (P, 1), unbiased
+    return r.std(1, keepdim=True) + EPS
+
+
+def batch_std(r):  # (P, G) -> (), unbiased, of the raw rewards
+    return r.std() + EPS
+
+
+NORMS = {
+    "none":                 lambda r: r,
+    "group_mean":           lambda r: r - group_mean(r),
+    "batch_mean":           lambda r: r - batch_mean(r),
+    "group_mean_group_std": lambda r: (r - group_mean(r)) / group_std(r),  # GRPO
+    "batch_mean_batch_std": lambda r: (r - batch_mean(r)) / batch_std(r),  # REINFORCE++
+    "group_mean_batch_std": lambda r: (r - group_mean(r)) / batch_std(r),  # Lite PPO
+}  # fmt: skip
+
+
+def advantages(rewards, norm):  # (P, G) -> (P, G)
+    return NORMS[norm](rewards)
+
+
+LOSS_AGGS = {  # lengths (n,) of the responses of one mini-batch, of which those with length 0 are left out -> (n,)
+    "token_mean": lambda lengths, max_len: 1 / lengths.sum(),  # every token counts the same
+    "seq_mean": lambda lengths, max_len: 1 / (lengths > 0).sum() / lengths,  # every response counts the same
+    "constant": lambda lengths, max_len: 1 / (lengths > 0).sum() / max_len,  # Dr. GRPO
+}
+
+
+def token_weights(lengths, loss_agg, max_len):  # (n,) -> (n,), the weight of one token of response i
+    weight = torch.ones_like(lengths) * LOSS_AGGS[loss_agg](lengths, max_len)
+    return torch.where(lengths > 0, weight, 0.0)
+
+
+def policy_loss(logp, old_logp, adv, clip_low, clip_high):  # (T,) each -> (T,), (T,)
+    ratio = (logp - old_logp).exp()
+    return -torch.min(ratio * adv, ratio.clamp(1 - clip_low, 1 + clip_high) * adv), ratio
+
+
+def overlong_penalty(lengths, limit, buffer):  # (N,) -> (N,)
+    return ((limit - buffer - lengths) / buffer).clamp(-1, 0)
+
+
+KEEPS = {  # is the response right? (P', G) -> is the group kept? (P',)
+    "on": lambda correct: correct.any(1) & ~correct.all(1),
+    "off": lambda correct: torch.ones(len(correct), dtype=torch.bool),
+}
+
+
+def parse_args(argv=None):
+    p = common.parser(__file__, __doc__, DEFAULTS)
+    p.add_argument("--norm", choices=NORMS, help="what is subtracted from a reward, and what it is divided by")
+    p.add_argument("--loss_agg", choices=LOSS_AGGS, help="how much a token counts")
+    p.add_argument("--clip_low", type=common.number(float, 0, 1), help="the ratio is cut at 1 - clip_low")
+    p.add_argument("--clip_high", type=common.number(float, 0), help="the ratio is cut at 1 + clip_high")
+    p.add_argument(
+        "--overlong",
+        choices=["keep", "filter", "penalty"],
+        help="filter: a truncated response is not trained on; penalty: a long response loses some of its reward",
+    )
+    p.add_argument("--overlong_buffer", type=common.COUNT, help="tokens below the limit over which the penalty grows")
+    p.add_argument(
+        "--dynamic_sampling", choices=KEEPS, help="on: no groups all right or all wrong, others in their place"
+    )
+    p.add_argument("--max_resample", type=common.COUNT, help="rounds of sampling after the first; then go on with less")
+    p.add_argument("--wrong_reward", type=int, choices=[0, -1], help="of a wrong response; a right one has 1")
+    args = common.parse_args(p, argv)
+    if args.group_size == 1 and "group" in args.norm:
+        common.fail(f"--group_size 1: never differs from its own mean under --norm {args.norm}; give 2 or more")
+    if args.group_size == 1 and args.dynamic_sampling == "on":
+        common.fail("--group_size 1: is all right or all wrong; give 2 or more, or --dynamic_sampling off")
+    if args.overlong == "penalty" and args.overlong_buffer > args.max_response_len:
+        common.fail(
+            f"--overlong_buffer {args.overlong_buffer}: longer than the limit; give at most "
+            f"--max_response_len {args.max_response_len}"
+        )
+    if args.minibatches == 1 and common.rank() == 0:
+        print("--minibatches 1: the ratio is always 1, so that --clip_low and --clip_high do nothing")
+    return args
+
+
+def main():
+    args = parse_args()
+    accelerator, model, optimizer, engine, problems, log = common.start(args)
+    for step in range(log.first_step, args.steps + 1):
+        # rollout: G responses to each prompt, from the current policy, until P groups can be kept
+        engine.wake()
+        log.lap("wake")
+        engine.load(model)
+        log.lap("sync")
+        if step % args.eval_every == 0 or step == args.steps:
+            common.evaluate(engine, log, step)
+        if step == args.steps:
+            break
+        sampled, grades = [], []
+        for attempt in range(1 + args.max_resample):
+            sampled += engine.generate(problems.take(args.prompts_per_step), args.group_size, (step, attempt))
+            log.lap("generate")
+            grades += common.spread(lambda r: grade(r.text, r.problem["answer"]), sampled[len(grades) :])
+            log.lap("reward")
+            correct = torch.tensor([g.correct for g in grades]).view(-1, args.group_size)  # (P', G)
+            kept = KEEPS[args.dynamic_sampling](correct).nonzero()[: args.prompts_per_step, 0]  # (P,), or fewer
+            if len(kept) == args.prompts_per_step:
+                break
+        else:
+            log.say(f"step {step}: {len(kept)} groups to train on after --max_resample {args.max_resample}; going on")
+        engine.sleep()
+        log.mean("rollout/spent", len(sampled))
+        log.lap("generate")
+
+        # reward
+        lengths = torch.tensor([float(len(r.ids)) for r in sampled], device=accelerator.device)  # (P' G,)
+        values = [1.0 if g.correct else float(args.wrong_reward) for g in grades]
+        rewards = torch.tensor(values, device=accelerator.device)  # (P' G,)
+        if args.overlong == "penalty":
+            rewards += overlong_penalty(lengths, args.max_response_len, args.overlong_buffer)
+        rewards = rewards.view(-1, args.group_size)
+
+        # advantage: one number a response, shared by all its tokens; from here on only of the groups that are kept
+        adv = advantages(rewards[kept], args.norm).flatten()  # (N,)
+        log.rollout(sampled, grades, rewards, adv)
+        batch = [sampled[group * args.group_size + i] for group in kept.tolist() for i in range(args.group_size)]
+        lengths = lengths.view(-1, args.group_size)[kept].flatten()
+        log.lap("reward")
+
+        # loss weights: one number a response too, from the whole mini-batch, before it is shared out
+        if args.overlong == "filter":
+            lengths[torch.tensor([r.truncated for r in batch], dtype=torch.bool)] = 0
+        parts = lengths.tensor_split(args.minibatches)
+        weight = torch.cat([token_weights(part, args.loss_agg, args.max_response_len) for part in parts])  # (N,)
+
+        # old policy: frozen for all mini-batches of this rollout
+        minis = common.minibatches(batch, (lengths > 0).tolist(), args.minibatches, args.tokens_per_gpu)
+        with torch.no_grad():
+            for pack in [pack for packs in minis for pack in packs]:
+                pack.old_logp, _ = common.logprobs(model, pack, args.temperature)  # (T,)
+        common.check_engine(log, minis)
+        log.lap("old_logp")
+
+        # update: each mini-batch is one optimizer step, each pack one forward and backward pass
+        lr = args.lr * min(1, (step + 1) / max(1, args.warmup_steps))
+        optimizer.param_groups[0]["lr"] = lr
+        for packs in minis:
+            if not packs:  # all filtered: nothing to learn from, so not even Adam's momentum moves the weights
+                continue
+            for pack in packs:
+                logp, entropy = common.logprobs(model, pack, args.temperature)  # (T,)
+                a, w = adv[pack.rows], weight[pack.rows]  # (T,)
+                loss, ratio = policy_loss(logp, pack.old_logp, a, args.clip_low, args.clip_high)  # (T,)
+                common.check_finite(log, step, pack, batch, loss)
+                accelerator.backward((loss * w).sum() * accelerator.num_processes)  # the sum over GPUs, not their mean
+                log.sum("train/loss", loss * w / args.minibatches)
+                log.mean("train/entropy", entropy)
+                log.mean("train/clip_low", (ratio < 1 - args.clip_low) & (a < 0))
+                log.mean("train/clip_high", (ratio > 1 + args.clip_high) & (a > 0))
+                log.max("train/ratio_max", ratio)
+            grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+            if not torch.isfinite(grad_norm):
+                raise SystemExit(f"step {step}: the norm of the gradient is {grad_norm.item()}; it was not applied")
+            log.mean("train/grad_norm", grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        log.mean("train/lr", lr)
+        log.lap("update")
+        log.write(step)
+        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+            common.save(log, engine, accelerator, model, problems, step + 1)
+    log.write(args.steps)
+    common.finish(log, accelerator, engine)
+
+
+if __name__ == "__main__":
+    main()

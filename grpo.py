@@ -1,0 +1,212 @@
+"""GRPO: PPO's clipped loss, the group in place of a critic, and a KL to where the policy came from.               arXiv 2402.03300
+
+    A_i  = (r_i - mean of its group) / std of its group                                      --norm      advantages
+    L    = - sum_i w_i sum_t [ min(ratio_it A_i, clip(ratio_it, 1 - low, 1 + high) A_i)      --clip_*    policy_loss
+                               - kl_coef KL_it ]                                             --kl_*      kl
+    w_i  = 1 / (N |o_i|), every response counts the same                                     --loss_agg  token_weights
+    KL   = exp(-d) - 1 + d,  d_it = log pi(o_it) - log pi_ref(o_it), pi_ref the policy before the first step
+
+The sums go over a mini-batch, of whose responses N is the number. P prompts, G responses to each; T tokens of one pack of
+responses, one after the other.
+
+    accelerate launch grpo.py --kl_coef 0.04
+"""
+
+import torch
+
+import common
+from rewards import grade
+
+DEFAULTS = {  # flag: (laptop, node). Node is the paper, section 4.2, unless it says otherwise; the model and the evaluation
+    # are those of arXiv 2508.08221, so that all scripts can be compared
+    "norm": ("group_mean_group_std", "group_mean_group_std"),  # section 4.1.2
+    "loss_agg": ("seq_mean", "seq_mean"),  # equation 3
+    "clip_low": (0.2, 0.2),  # equation 3; the paper gives no number, this one is PPO's
+    "clip_high": (0.2, 0.2),
+    "kl_coef": (0.04, 0.04),
+    "kl_estimator": ("k3", "k3"),  # equation 4
+    "wrong_reward": (0, 0),  # the paper has a reward model; the group's std undoes any scale
+    "model": ("data/tiny/base", "Qwen/Qwen3-4B-Base"),  # the paper: DeepSeekMath-Instruct 7B
+    "data": ("hard", "easy"),  # the paper: its own instructions on GSM8K and MATH
+    "eval_data": (
+        "eval_easy,eval_medium,eval_hard,eval_plus,eval_minus,eval_long",
+        "math500,olympiadbench,minerva_math,amc23,aime24,aime25",
+    ),
+    "steps": (80, 500),  # not stated
+    "prompts_per_step": (16, 16),  # 1,024 responses a batch
+    "group_size": (8, 64),
+    "minibatches": (4, 1),  # "a single update"
+    "lr": (1e-4, 1e-6),
+    "lora_rank": (0, 0),
+    "warmup_steps": (0, 0),  # not stated
+    "max_grad_norm": (1.0, 1.0),  # not stated
+    "temperature": (1.0, 1.0),  # not stated
+    "top_p": (1.0, 1.0),  # not stated
+    "top_k": (0, 0),  # not stated
+    "max_prompt_len": (64, 1024),  # not stated
+    "max_response_len": (128, 1024),
+    "tokens_per_gpu": (4096, 32768),
+    "vllm_memory": (0.3, 0.5),
+    "seed": (1, 42),
+    "eval_every": (40, 20),
+    "eval_samples": (1, 8),
+    "save_every": (20, 20),
+}
+
+EPS = 1e-6  # added to every standard deviation
+
+
+def group_mean(r):  # (P, G) -> (P, 1); relative to one of them, so that equal rewards have exactly their own mean
+    return r[:, :1] + (r - r[:, :1]).mean(1, keepdim=True)
+
+
+def batch_mean(r):  # (P, G) -> (), in the same way
+    return group_mean(r.flatten()[None])[0, 0]
+
+
+def group_std(r):  # (P, G) -> (P, 1), unbiased
+    return r.std(1, keepdim=True) + EPS
+
+
+def batch_std(r):  # (P, G) -> (), unbiased, of the raw rewards
+    return r.std() + EPS
+
+
+NORMS = {
+    "none":                 lambda r: r,
+    "group_mean":           lambda r: r - group_mean(r),
+    "batch_mean":           lambda r: r - batch_mean(r),
+    "group_mean_group_std": lambda r: (r - group_mean(r)) / group_std(r),  # GRPO
+    "batch_mean_batch_std": lambda r: (r - batch_mean(r)) / batch_std(r),  # REINFORCE++
+    "group_mean_batch_std": lambda r: (r - group_mean(r)) / batch_std(r),  # Lite PPO
+}  # fmt: skip
+
+
+def advantages(rewards, norm):  # (P, G) -> (P, G)
+    return NORMS[norm](rewards)
+
+
+LOSS_AGGS = {  # lengths (n,) of the responses of one mini-batch, of which those with length 0 are left out -> (n,)
+    "token_mean": lambda lengths, max_len: 1 / lengths.sum(),  # every token counts the same
+    "seq_mean": lambda lengths, max_len: 1 / (lengths > 0).sum() / lengths,  # every response counts the same
+    "constant": lambda lengths, max_len: 1 / (lengths > 0).sum() / max_len,  # Dr. GRPO
+}
+
+
+def token_weights(lengths, loss_agg, max_len):  # (n,) -> (n,), the weight of one token of response i
+    weight = torch.ones_like(lengths) * LOSS_AGGS[loss_agg](lengths, max_len)
+    return torch.where(lengths > 0, weight, 0.0)
+
+
+def policy_loss(logp, old_logp, adv, clip_low, clip_high):  # (T,) each -> (T,), (T,)
+    ratio = (logp - old_logp).exp()
+    return -torch.min(ratio * adv, ratio.clamp(1 - clip_low, 1 + clip_high) * adv), ratio
+
+
+KLS = {  # d (T,) -> (T,). On average over what the policy samples, each one is a KL; only k2 and k3 also have its gradient
+    "k1": lambda d: d,  # as a loss it pulls nowhere on average
+    "k2": lambda d: d**2 / 2,
+    "k3": lambda d: (-d).exp() - 1 + d,  # GRPO
+}
+
+
+def kl(logp, ref_logp, kl_estimator):  # (T,), (T,) -> (T,)
+    return KLS[kl_estimator](logp - ref_logp)
+
+
+def parse_args(argv=None):
+    p = common.parser(__file__, __doc__, DEFAULTS)
+    p.add_argument("--norm", choices=NORMS, help="what is subtracted from a reward, and what it is divided by")
+    p.add_argument("--loss_agg", choices=LOSS_AGGS, help="how much a token counts")
+    p.add_argument("--clip_low", type=common.number(float, 0, 1), help="the ratio is cut at 1 - clip_low")
+    p.add_argument("--clip_high", type=common.number(float, 0), help="the ratio is cut at 1 + clip_high")
+    p.add_argument("--kl_coef", type=common.number(float, 0), help="weight of the KL; 0: no reference model either")
+    p.add_argument("--kl_estimator", choices=KLS, help="how the KL is estimated from the sampled tokens")
+    p.add_argument("--wrong_reward", type=int, choices=[0, -1], help="of a wrong response; a right one has 1")
+    args = common.parse_args(p, argv)
+    if args.group_size == 1 and "group" in args.norm:
+        common.fail(f"--group_size 1: never differs from its own mean under --norm {args.norm}; give 2 or more")
+    if args.minibatches == 1 and common.rank() == 0:
+        print("--minibatches 1: the ratio is always 1, so that --clip_low and --clip_high do nothing")
+    return args
+
+
+def main():
+    args = parse_args()
+    accelerator, model, optimizer, engine, problems, log = common.start(args)
+    ref_model = common.reference(args, model) if args.kl_coef > 0 else None
+    for step in range(log.first_step, args.steps + 1):
+        # rollout: G responses to each prompt, from the current policy
+        engine.wake()
+        log.lap("wake")
+        engine.load(model)
+        log.lap("sync")
+        if step % args.eval_every == 0 or step == args.steps:
+            common.evaluate(engine, log, step)
+        if step == args.steps:
+            break
+        batch = engine.generate(problems.take(args.prompts_per_step), args.group_size, step)
+        engine.sleep()
+        log.lap("generate")
+
+        # reward
+        grades = common.spread(lambda r: grade(r.text, r.problem["answer"]), batch)
+        values = [1.0 if g.correct else float(args.wrong_reward) for g in grades]
+        rewards = torch.tensor(values, device=accelerator.device).view(-1, args.group_size)  # (P, G)
+
+        # advantage: one number a response, shared by all its tokens
+        adv = advantages(rewards, args.norm).flatten()  # (N,)
+        log.rollout(batch, grades, rewards, adv)
+        log.lap("reward")
+
+        # loss weights: one number a response too, from the whole mini-batch, before it is shared out
+        lengths = torch.tensor([float(len(r.ids)) for r in batch], device=accelerator.device)  # (N,)
+        parts = lengths.tensor_split(args.minibatches)
+        weight = torch.cat([token_weights(part, args.loss_agg, args.max_response_len) for part in parts])  # (N,)
+
+        # old policy: frozen for all mini-batches of this rollout
+        minis = common.minibatches(batch, (lengths > 0).tolist(), args.minibatches, args.tokens_per_gpu)
+        with torch.no_grad():
+            for pack in [pack for packs in minis for pack in packs]:
+                pack.old_logp, _ = common.logprobs(model, pack, args.temperature)  # (T,)
+                if ref_model:
+                    pack.ref_logp, _ = common.logprobs(ref_model, pack, args.temperature)  # (T,)
+        common.check_engine(log, minis)
+        log.lap("old_logp")
+
+        # update: each mini-batch is one optimizer step, each pack one forward and backward pass
+        lr = args.lr * min(1, (step + 1) / max(1, args.warmup_steps))
+        optimizer.param_groups[0]["lr"] = lr
+        for packs in minis:
+            for pack in packs:
+                logp, entropy = common.logprobs(model, pack, args.temperature)  # (T,)
+                a, w = adv[pack.rows], weight[pack.rows]  # (T,)
+                loss, ratio = policy_loss(logp, pack.old_logp, a, args.clip_low, args.clip_high)  # (T,)
+                if ref_model:
+                    divergence = kl(logp, pack.ref_logp, args.kl_estimator)  # (T,)
+                    log.mean("train/kl", divergence)
+                    loss = loss + args.kl_coef * divergence
+                common.check_finite(log, step, pack, batch, loss)
+                accelerator.backward((loss * w).sum() * accelerator.num_processes)  # the sum over GPUs, not their mean
+                log.sum("train/loss", loss * w / args.minibatches)
+                log.mean("train/entropy", entropy)
+                log.mean("train/clip_low", (ratio < 1 - args.clip_low) & (a < 0))
+                log.mean("train/clip_high", (ratio > 1 + args.clip_high) & (a > 0))
+                log.max("train/ratio_max", ratio)
+            grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+            if not torch.isfinite(grad_norm):
+                raise SystemExit(f"step {step}: the norm of the gradient is {grad_norm.item()}; it was not applied")
+            log.mean("train/grad_norm", grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        log.mean("train/lr", lr)
+        log.lap("update")
+        log.write(step)
+        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+            common.save(log, engine, accelerator, model, problems, step + 1)
+    log.write(args.steps)
+    common.finish(log, accelerator, engine)
+
+
+if __name__ == "__main__":
+    main()
