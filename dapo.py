@@ -19,42 +19,42 @@ import torch
 import common
 from rewards import grade
 
-DEFAULTS = {  # flag: (laptop, node). Node is the paper, section 4.1, unless it says otherwise; the model and the evaluation
-    # are those of arXiv 2508.08221, so that all scripts can be compared
+DEFAULTS = {  # flag: (laptop, node). Node is the paper. What it leaves open is marked so; the model and the evaluation
+    # are those of the study, arXiv 2508.08221, so that the scripts can be compared
     "norm": ("group_mean_group_std", "group_mean_group_std"),  # equation 9
-    "loss_agg": ("token_mean", "token_mean"),  # section 3.3
-    "clip_low": (0.2, 0.2),
-    "clip_high": (0.28, 0.28),
+    "loss_agg": ("token_mean", "token_mean"),  # section 3.3; over the mini-batch, as in the authors' recipe
+    "clip_low": (0.2, 0.2),  # section 4.1
+    "clip_high": (0.28, 0.28),  # sections 3.1 and 4.1: Clip-Higher
     "overlong": ("penalty", "penalty"),  # section 3.4
-    "overlong_buffer": (32, 4096),
+    "overlong_buffer": (32, 4096),  # section 4.1
     "dynamic_sampling": ("on", "on"),  # section 3.2
-    "max_resample": (4, 9),  # not stated; the authors' recipe gives up after 10 rollouts in all
+    "max_resample": (4, 9),  # open; the authors' recipe gives up after 10 rollouts in all
     "wrong_reward": (-1, -1),  # equation 7
-    "model": ("data/tiny/base", "Qwen/Qwen3-4B-Base"),  # the paper: Qwen2.5-32B, more than one node trains
+    "model": ("data/tiny/base", "Qwen/Qwen3-4B-Base"),  # the study's; the paper: Qwen2.5-32B
     "data": ("hard", "dapo"),  # section 3.5
     "eval_data": (
         "eval_easy,eval_medium,eval_hard,eval_plus,eval_minus,eval_long",
-        "math500,olympiadbench,minerva_math,amc23,aime24,aime25",
+        "math500,olympiadbench,minerva_math,amc23,aime24,aime25",  # the study's; the paper: aime24
     ),
-    "steps": (80, 500),  # not stated
-    "prompts_per_step": (16, 512),
-    "group_size": (8, 16),
-    "minibatches": (4, 16),
-    "lr": (1e-4, 1e-6),
-    "lora_rank": (0, 0),
-    "warmup_steps": (0, 20),
-    "max_grad_norm": (1.0, 1.0),  # not stated
-    "temperature": (1.0, 1.0),
-    "top_p": (1.0, 1.0),  # of the rollouts; the paper evaluates with 0.7
-    "top_k": (0, 0),
-    "max_prompt_len": (64, 2048),  # not stated; the authors' recipe
-    "max_response_len": (128, 20480),  # 16,384 and the buffer
+    "steps": (80, 500),  # open
+    "prompts_per_step": (16, 512),  # section 4.1
+    "group_size": (8, 16),  # section 4.1
+    "minibatches": (4, 16),  # section 4.1
+    "lr": (1e-4, 1e-6),  # section 4.1
+    "lora_rank": (0, 0),  # all weights are trained
+    "warmup_steps": (0, 20),  # section 4.1
+    "max_grad_norm": (1.0, 1.0),  # open; the authors' recipe
+    "temperature": (1.0, 1.0),  # open; the authors' recipe
+    "top_p": (1.0, 1.0),  # open; the authors' recipe (section 4.1 evaluates with 0.7)
+    "top_k": (0, 0),  # open; the authors' recipe
+    "max_prompt_len": (64, 2048),  # open; the authors' recipe
+    "max_response_len": (128, 20480),  # section 4.1: 16,384 and the buffer
     "tokens_per_gpu": (4096, 32768),
     "vllm_memory": (0.3, 0.5),
-    "seed": (1, 42),
-    "eval_every": (40, 20),
-    "eval_samples": (1, 8),  # the paper: 32, on AIME 2024 alone
-    "save_every": (20, 20),
+    "seed": (1, 42),  # the study's
+    "eval_every": (40, 20),  # open
+    "eval_samples": (1, 8),  # the study's; the paper: 32
+    "save_every": (20, 20),  # the study's
 }
 
 EPS = 1e-6  # added to every standard deviation

@@ -17,40 +17,40 @@ import torch
 import common
 from rewards import grade
 
-DEFAULTS = {  # flag: (laptop, node). Node is the paper, section 4.2, unless it says otherwise; the model and the evaluation
-    # are those of arXiv 2508.08221, so that all scripts can be compared
+DEFAULTS = {  # flag: (laptop, node). Node is the paper. What it leaves open is marked so; the model and the evaluation
+    # are those of the study, arXiv 2508.08221, so that the scripts can be compared
     "norm": ("group_mean_group_std", "group_mean_group_std"),  # section 4.1.2
     "loss_agg": ("seq_mean", "seq_mean"),  # equation 3
-    "clip_low": (0.2, 0.2),  # equation 3; the paper gives no number, this one is PPO's
-    "clip_high": (0.2, 0.2),
-    "kl_coef": (0.04, 0.04),
+    "clip_low": (0.2, 0.2),  # equation 3, without a number; 0.2 is PPO's
+    "clip_high": (0.2, 0.2),  # the same
+    "kl_coef": (0.04, 0.04),  # section 4.2
     "kl_estimator": ("k3", "k3"),  # equation 4
-    "wrong_reward": (0, 0),  # the paper has a reward model; the group's std undoes any scale
-    "model": ("data/tiny/base", "Qwen/Qwen3-4B-Base"),  # the paper: DeepSeekMath-Instruct 7B
-    "data": ("hard", "easy"),  # the paper: its own instructions on GSM8K and MATH
+    "wrong_reward": (0, 0),  # open: the paper has a reward model. The group's std undoes any scale
+    "model": ("data/tiny/base", "Qwen/Qwen3-4B-Base"),  # the study's; the paper: DeepSeekMath-Instruct 7B
+    "data": ("hard", "easy"),  # GSM8K and the easiest of MATH; the paper: its own instructions on GSM8K and MATH
     "eval_data": (
         "eval_easy,eval_medium,eval_hard,eval_plus,eval_minus,eval_long",
-        "math500,olympiadbench,minerva_math,amc23,aime24,aime25",
+        "math500,olympiadbench,minerva_math,amc23,aime24,aime25",  # the study's
     ),
-    "steps": (80, 500),  # not stated
-    "prompts_per_step": (16, 16),  # 1,024 responses a batch
-    "group_size": (8, 64),
-    "minibatches": (4, 1),  # "a single update"
-    "lr": (1e-4, 1e-6),
-    "lora_rank": (0, 0),
-    "warmup_steps": (0, 0),  # not stated
-    "max_grad_norm": (1.0, 1.0),  # not stated
-    "temperature": (1.0, 1.0),  # not stated
-    "top_p": (1.0, 1.0),  # not stated
-    "top_k": (0, 0),  # not stated
-    "max_prompt_len": (64, 1024),  # not stated
-    "max_response_len": (128, 1024),
+    "steps": (80, 500),  # open
+    "prompts_per_step": (16, 16),  # section 4.2: a batch of 1,024
+    "group_size": (8, 64),  # section 4.2
+    "minibatches": (4, 1),  # section 4.2: a single update after each exploration
+    "lr": (1e-4, 1e-6),  # section 4.2
+    "lora_rank": (0, 0),  # all weights are trained
+    "warmup_steps": (0, 0),  # open
+    "max_grad_norm": (1.0, 1.0),  # open
+    "temperature": (1.0, 1.0),  # open
+    "top_p": (1.0, 1.0),  # open
+    "top_k": (0, 0),  # open
+    "max_prompt_len": (64, 1024),  # open
+    "max_response_len": (128, 1024),  # section 4.2
     "tokens_per_gpu": (4096, 32768),
     "vllm_memory": (0.3, 0.5),
-    "seed": (1, 42),
-    "eval_every": (40, 20),
-    "eval_samples": (1, 8),
-    "save_every": (20, 20),
+    "seed": (1, 42),  # the study's
+    "eval_every": (40, 20),  # open
+    "eval_samples": (1, 8),  # the study's
+    "save_every": (20, 20),  # the study's
 }
 
 EPS = 1e-6  # added to every standard deviation
@@ -103,10 +103,12 @@ def policy_loss(logp, old_logp, adv, clip_low, clip_high):  # (T,) each -> (T,),
     return -torch.min(ratio * adv, ratio.clamp(1 - clip_low, 1 + clip_high) * adv), ratio
 
 
-KLS = {  # d (T,) -> (T,). On average over what the policy samples, each one is a KL; only k2 and k3 also have its gradient
-    "k1": lambda d: d,  # as a loss it pulls nowhere on average
-    "k2": lambda d: d**2 / 2,
-    "k3": lambda d: (-d).exp() - 1 + d,  # GRPO
+KLS = {  # d (T,) -> (T,). pi is where the tokens were sampled; means are over those
+    "k1": lambda d: d,  # its mean is KL(pi, ref), but the mean of its gradient is 0: as a loss it pulls nowhere
+    "k2": lambda d: d**2 / 2,  # the mean of its gradient is that of KL(pi, ref)
+    "k3": lambda d: (
+        (-d).exp() - 1 + d
+    ),  # GRPO. Its mean is KL(pi, ref); the mean of its gradient is that of KL(ref, pi)
 }
 
 

@@ -33,7 +33,7 @@ DEFAULTS = {  # flag: (laptop, node). Node is the paper: sections 3.1 and 4 and 
     "group_size": (8, 8),  # section 3.1
     "minibatches": (4, 8),  # not stated; 1,024 responses, 4 x 32 an update on one rank make 8
     "lr": (1e-4, 1e-6),  # appendix A.1
-    "lora_rank": (0, 0),
+    "lora_rank": (0, 0),  # all weights are trained
     "warmup_steps": (0, 50),  # appendix A.1
     "max_grad_norm": (1.0, 1.0),  # not stated; the default of the authors' framework
     "temperature": (1.0, 0.99),  # section 3.1

@@ -17,6 +17,7 @@ def pytest_configure(config):
 
 
 ROOT = Path(__file__).parent.parent
+SCRIPTS = ["grpo", "dapo", "lite_ppo"]
 BASE = str(ROOT / "data" / "tiny" / "base")
 SMALL = [  # a run of seconds: two rollouts of sixteen short responses, that learns
     *("--data", "easy", "--lr", "3e-4"),

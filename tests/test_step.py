@@ -20,19 +20,22 @@ import lite_ppo
 SHORT = [  # two rollouts in which every part has something to do: clips, warm-up, a cut gradient, truncated responses
     *("--scale", "laptop", "--data", "medium", "--eval_data", "eval_easy", "--steps", 2, "--prompts_per_step", 4),
     *("--group_size", 4, "--minibatches", 2, "--lr", 2e-3, "--warmup_steps", 3, "--max_grad_norm", 0.2),
-    *("--temperature", 0.8, "--max_response_len", 40, "--clip_low", 0.03, "--clip_high", 0.05),
+    *("--temperature", 0.8, "--max_response_len", 40, "--tokens_per_gpu", 160, "--clip_low", 0.03, "--clip_high", 0.05),
 ]
-CASES = [
-    (grpo, {"kl_coef": 0.5}),
-    (grpo, {"kl_coef": 0.5, "kl_estimator": "k2"}),
-    (grpo, {"kl_coef": 0.5, "kl_estimator": "k1", "norm": "batch_mean_batch_std", "loss_agg": "constant"}),
-    (dapo, {"overlong_buffer": 20}),
-    (dapo, {"overlong": "filter", "max_resample": 1, "loss_agg": "seq_mean"}),
-    (dapo, {"dynamic_sampling": "off", "overlong": "keep", "norm": "batch_mean"}),
-    (lite_ppo, {}),
-    (lite_ppo, {"overlong": "filter", "wrong_reward": -1, "norm": "group_mean", "loss_agg": "constant"}),
-    (lite_ppo, {"overlong": "filter", "norm": "none", "loss_agg": "seq_mean"}),
-]
+CASES = {
+    "grpo": (grpo, {"kl_coef": 0.5}),
+    "grpo_k2": (grpo, {"kl_coef": 0.5, "kl_estimator": "k2", "wrong_reward": -1}),
+    "grpo_k1": (grpo, {"kl_coef": 0.5, "kl_estimator": "k1", "norm": "batch_mean_batch_std", "loss_agg": "constant"}),
+    "dapo": (dapo, {"overlong_buffer": 20}),
+    "dapo_filter": (dapo, {"overlong": "filter", "max_resample": 1, "loss_agg": "seq_mean"}),
+    "dapo_plain": (dapo, {"dynamic_sampling": "off", "overlong": "keep", "norm": "batch_mean"}),
+    "lite_ppo": (lite_ppo, {}),
+    "lite_ppo_filter": (
+        lite_ppo,
+        {"overlong": "filter", "wrong_reward": -1, "norm": "group_mean", "loss_agg": "constant"},
+    ),
+    "lite_ppo_none": (lite_ppo, {"overlong": "filter", "norm": "none", "loss_agg": "seq_mean"}),
+}
 
 
 def moments(norm, rewards, group):  # -> what is subtracted from a reward of this group, and what it is divided by
@@ -111,7 +114,7 @@ def train_by_hand(args, rollouts):
     return lm
 
 
-@pytest.mark.parametrize("script, settings", CASES)
+@pytest.mark.parametrize("script, settings", CASES.values(), ids=CASES)
 def test_two_rollouts_by_hand(script, settings, tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM
 

@@ -1,0 +1,167 @@
+"""The same responses, rewards and log-probabilities through TRL's GRPOTrainer and through the scripts: the same loss and gradient.
+
+TRL is run, not read: `pip install --no-deps --target .trl trl==1.16.0`, then `PYTHONPATH=.trl python -m pytest -m trl`.
+"""
+
+from functools import partial
+
+import pytest
+import torch
+from conftest import BASE, load_policy, make_batch
+
+import common
+import grpo
+
+pytestmark = pytest.mark.trl
+
+P, G, LIMIT, TRL_EPS = 4, 4, 48, 1e-4  # prompts, responses to each; TRL adds 1e-4 to a standard deviation, we add 1e-6
+REWARDS = [[1.0, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0], [1, 0, 1, 0]]  # unequal, and one group with equal rewards
+NORMS = {"group_mean": "none", "group_mean_group_std": "group", "group_mean_batch_std": "batch"}  # TRL's scale_rewards
+LOSS_AGGS = {"token_mean": "dapo", "seq_mean": "grpo", "constant": "dr_grpo"}  # TRL's loss_type
+CASES = [  # ours, TRL's
+    *[({"norm": ours}, {"scale_rewards": theirs}) for ours, theirs in NORMS.items()],
+    *[({"loss_agg": ours}, {"loss_type": theirs}) for ours, theirs in LOSS_AGGS.items()],
+    ({"clip_low": 0.1, "clip_high": 0.28}, {"epsilon": 0.1, "epsilon_high": 0.28}),
+    ({"kl_coef": 0.5, "kl_estimator": "k3"}, {"beta": 0.5, "use_bias_correction_kl": False}),
+    ({"temperature": 0.7}, {"temperature": 0.7}),
+    ({"overlong": "filter", "loss_agg": "token_mean"}, {"mask_truncated_completions": True, "loss_type": "dapo"}),
+]
+DEFAULTS = dict(
+    norm="group_mean_group_std", loss_agg="seq_mean", clip_low=0.2, clip_high=0.2, kl_coef=0.0, temperature=1.0
+)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """16 responses of random tokens, every fifth without an end token, the others with one at their end only"""
+    batch = make_batch(P * G, longest=LIMIT)
+    for i, response in enumerate(batch):
+        response.problem = batch[i - i % G].problem  # four responses to one prompt
+        if not response.truncated:
+            response.ids[-1] = 1
+    return batch
+
+
+def shaken_model():
+    from transformers import AutoModelForCausalLM
+
+    model, g = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.05 * p.std() * torch.randn(p.shape, generator=g)
+    return model
+
+
+def drift(batch):  # -> by how much the old log-probabilities differ from the new: ratios of about 0.6 to 1.7
+    g = torch.Generator().manual_seed(1)
+    return [0.3 * torch.randn(len(r.ids), generator=g) for r in batch]
+
+
+def theirs(batch, folder, **settings):
+    """-> TRL's advantages, loss and gradient"""
+    import datasets
+    import transformers
+    import trl
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(BASE)
+    assert tokenizer.eos_token_id == 1
+
+    def rollout(prompts, trainer):
+        ids = [[r.problem["prompt_ids"] for r in batch], [r.ids.tolist() for r in batch]]
+        return {"prompt_ids": ids[0], "completion_ids": ids[1], "logprobs": None}
+
+    config = trl.GRPOConfig(
+        output_dir=str(folder), use_cpu=True, report_to=[], bf16=False, num_generations=G, max_completion_length=LIMIT,
+        per_device_train_batch_size=P * G, gradient_accumulation_steps=1, gradient_checkpointing=False,
+        **({"beta": 0.0, "epsilon": 0.2, "loss_type": "grpo", "scale_rewards": "group"} | settings),
+    )  # fmt: skip
+    rows = [{"prompt": f"problem {i // G}"} for i in range(P * G)]
+    trainer = trl.GRPOTrainer(
+        shaken_model(),
+        reward_funcs=lambda completions, **_: [r for group in REWARDS for r in group],
+        args=config, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer, rollout_func=rollout,
+    )  # fmt: skip
+    trainer.model.train()
+    if trainer.ref_model is not None:
+        trainer.ref_model.float()  # it was loaded in the checkpoint's bf16
+    trainer.current_gradient_accumulation_steps = 1  # train() would set it
+    inputs = trainer._generate_and_score_completions(rows)
+    with torch.no_grad():
+        pair = [torch.cat([inputs[f"prompt_{x}"], inputs[f"completion_{x}"]], dim=1) for x in ("ids", "mask")]
+        logp = trainer._get_per_token_logps_and_entropies(trainer.model, *pair, inputs["completion_ids"].shape[1])[0]
+    padded = torch.nn.utils.rnn.pad_sequence(drift(batch), batch_first=True)
+    inputs["old_per_token_logps"] = logp - padded
+    loss = trainer._compute_loss(trainer.model, inputs)
+    loss.backward()
+    return inputs["advantages"], loss.detach(), {n: p.grad for n, p in trainer.model.named_parameters()}
+
+
+def ours(batch, policy_loss=grpo.policy_loss, **settings):
+    """-> our advantages, loss and gradient, from the functions of the scripts in the order of their main()"""
+    a = DEFAULTS | settings
+    policy, ref_model = common.Policy(shaken_packed()), load_policy()
+    adv = grpo.advantages(torch.tensor(REWARDS), a["norm"]).flatten()
+    lengths = torch.tensor([float(len(r.ids)) for r in batch])
+    if a.get("overlong") == "filter":
+        lengths[torch.tensor([r.truncated for r in batch])] = 0
+    weight, total = grpo.token_weights(lengths, a["loss_agg"], LIMIT), 0
+    [packs] = common.minibatches(batch, (lengths > 0).tolist(), 1, 200)
+    for pack in packs:
+        logp, _ = common.logprobs(policy, pack, a["temperature"])
+        old_logp = logp.detach() - torch.cat([drift(batch)[i] for i in pack.rows.unique_consecutive()])
+        if policy_loss is not grpo.policy_loss:
+            policy_loss = partial(policy_loss, rows=pack.rows)
+        loss, _ = policy_loss(logp, old_logp, adv[pack.rows], a["clip_low"], a["clip_high"])
+        if a["kl_coef"]:
+            ref_logp = common.logprobs(ref_model, pack, a["temperature"])[0].detach()
+            loss = loss + a["kl_coef"] * grpo.kl(logp, ref_logp, a["kl_estimator"])
+        loss = (loss * weight[pack.rows]).sum()
+        loss.backward()
+        total += loss.detach()
+    return adv, total, {n: p.grad for n, p in policy.lm.named_parameters()}
+
+
+def shaken_packed():
+    policy = load_policy()
+    policy.lm.load_state_dict(shaken_model().state_dict())
+    return policy.lm
+
+
+def assert_same(got, want):
+    (adv, loss, gradient), (their_adv, their_loss, their_gradient) = got, want
+    torch.testing.assert_close(adv, their_adv, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(loss, their_loss, atol=1e-5, rtol=1e-5)
+    assert gradient.keys() == their_gradient.keys()
+    largest = max(float(g.abs().max()) for g in their_gradient.values())
+    assert largest > 1e-2
+    off = max(float((gradient[n] - g).abs().max()) for n, g in their_gradient.items())
+    print(
+        f"loss {float(loss):.5f}, off by {abs(float(loss - their_loss)):.0e}; gradient off by {off:.0e} of {largest:.2f}"
+    )
+    assert off < 1e-5 * max(1, largest)
+
+
+@pytest.mark.parametrize("our_settings, their_settings", CASES)
+def test_the_same_loss_and_gradient(our_settings, their_settings, batch, tmp_path, monkeypatch):
+    monkeypatch.setattr(grpo, "EPS", TRL_EPS)
+    assert_same(ours(batch, **our_settings), theirs(batch, tmp_path, **their_settings))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_stated_difference(norm, batch, tmp_path):
+    """Without changing EPS the advantages differ by the factor (std + 1e-4) / (std + 1e-6), and by nothing else."""
+    adv, their_adv = ours(batch, norm=norm)[0], theirs(batch, tmp_path, scale_rewards=NORMS[norm])[0]
+    rewards = torch.tensor(REWARDS)
+    std = {"group_mean": None, "group_mean_group_std": rewards.std(1, keepdim=True).expand(P, G).flatten()}
+    std = std.get(norm, rewards.std().expand(P * G))
+    factor = 1 if std is None else (std + 1e-4) / (std + 1e-6)
+    torch.testing.assert_close(adv, their_adv * factor, atol=1e-6, rtol=1e-6)
+
+
+def test_a_filtered_response_counts_differently_in_a_sequence_mean(batch, tmp_path, monkeypatch):
+    """TRL's mask takes the tokens away and keeps the response in the mean; ours takes both."""
+    monkeypatch.setattr(grpo, "EPS", TRL_EPS)
+    adv, loss, gradient = ours(batch, overlong="filter")
+    left = sum(not r.truncated for r in batch) / len(batch)
+    gradient = {n: g * left for n, g in gradient.items()}
+    assert_same((adv, loss * left, gradient), theirs(batch, tmp_path, mask_truncated_completions=True))
