@@ -1,4 +1,4 @@
-"""DAPO: PPO's clipped loss without a critic, and five techniques, each with a flag that switches it off.          arXiv 2503.14476
+"""DAPO: PPO's clipped loss without a critic, and five techniques that can be switched off.                     arXiv 2503.14476
 
     A_i  = (r_i - mean of its group) / std of its group                                      --norm      advantages
     L    = - sum_i w_i sum_t min(ratio_it A_i, clip(ratio_it, 1 - low, 1 + high) A_i)        --clip_*    policy_loss

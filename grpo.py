@@ -1,4 +1,4 @@
-"""GRPO: PPO's clipped loss, the group in place of a critic, and a KL to where the policy came from.               arXiv 2402.03300
+"""GRPO: PPO's clipped loss with the group in place of a critic, and a KL to the first policy.                   arXiv 2402.03300
 
     A_i  = (r_i - mean of its group) / std of its group                                      --norm      advantages
     L    = - sum_i w_i sum_t [ min(ratio_it A_i, clip(ratio_it, 1 - low, 1 + high) A_i)      --clip_*    policy_loss
@@ -103,12 +103,10 @@ def policy_loss(logp, old_logp, adv, clip_low, clip_high):  # (T,) each -> (T,),
     return -torch.min(ratio * adv, ratio.clamp(1 - clip_low, 1 + clip_high) * adv), ratio
 
 
-KLS = {  # d (T,) -> (T,). pi is where the tokens were sampled; means are over those
-    "k1": lambda d: d,  # its mean is KL(pi, ref), but the mean of its gradient is 0: as a loss it pulls nowhere
-    "k2": lambda d: d**2 / 2,  # the mean of its gradient is that of KL(pi, ref)
-    "k3": lambda d: (
-        (-d).exp() - 1 + d
-    ),  # GRPO. Its mean is KL(pi, ref); the mean of its gradient is that of KL(ref, pi)
+KLS = {  # d (T,) -> (T,). Over what the policy samples, the mean of the value; that of the gradient
+    "k1": lambda d: d,  # KL(pi, ref); 0: as a loss it pulls nowhere
+    "k2": lambda d: d**2 / 2,  # no KL; the gradient of KL(pi, ref)
+    "k3": lambda d: (-d).exp() - 1 + d,  # GRPO: KL(pi, ref); the gradient of KL(ref, pi)
 }
 
 

@@ -1,5 +1,8 @@
+import importlib.util
 import json
 import os
+import shutil
+import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -69,3 +72,33 @@ def read_metrics(folder):
 
 def without_times(row):
     return {k: v for k, v in row.items() if not k.startswith(("time/", "perf/"))}
+
+
+def make_parser(script):
+    """The parser of a script's parse_args(), with all its flags."""
+    made, parser = [], common.parser
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "parser", lambda *a: made.append(parser(*a)) or made[0])
+        patch.setattr(common, "parse_args", lambda p, argv: sys.exit())
+        with pytest.raises(SystemExit):
+            script.parse_args([])
+    return made[0]
+
+
+def copy_project(folder, patch=None):
+    """The scripts, their tests and what they need in another folder, with this patch applied."""
+    for pattern in ("*.py", "pyproject.toml", "plots/*.py", "tests/*.py"):
+        for file in ROOT.glob(pattern):
+            (folder / file.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, folder / file.relative_to(ROOT))
+    (folder / "data").symlink_to(ROOT / "data")
+    if patch:
+        outside = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}  # git looks for no repository around it
+        subprocess.run(["git", "apply", patch], cwd=folder, env=outside, check=True)
+
+
+def load_module(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

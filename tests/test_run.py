@@ -9,11 +9,24 @@ import sys
 
 import pytest
 import torch
-from conftest import BASE, ROOT, SMALL, read_metrics, run_main, without_times
+from conftest import (
+    BASE,
+    ROOT,
+    SMALL,
+    copy_project,
+    load_module,
+    make_parser,
+    read_metrics,
+    run_main,
+    without_times,
+)
 from workers import gradient
 
 import common
+import dapo
+import grpo
 import lite_ppo
+import rewards
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +65,12 @@ def test_a_run_folder_has_everything(finished):
         "response",
         "correct",
     }
+    asked, trained = (
+        {json.loads(row)["problem"] for row in (ROOT / "data" / "tiny" / f"{name}.jsonl").read_text().splitlines()}
+        for name in ("eval_easy", "easy")
+    )
+    shown = {json.loads(line)["problem"] for line in (finished / "samples.jsonl").read_text().splitlines()}
+    assert shown <= asked - trained
     assert json.loads((finished / "result.json").read_text())["easy"] == [rows[i]["eval/easy/accuracy"] for i in (0, 4)]
     assert all(row["train/grad_norm"] > 0 and row["reward/std"] > 0 for row in rows[:4])  # it did learn from something
 
@@ -65,7 +84,8 @@ def test_the_checkpoint_is_a_model(finished):
     assert AutoTokenizer.from_pretrained(folder).decode([5]) != ""
 
 
-def test_the_node_column_runs_too(tmp_path, monkeypatch):
+@pytest.mark.parametrize("script, warmup", [(lite_ppo, 50), (dapo, 20), (grpo, 1)])
+def test_the_node_column_runs_too(script, warmup, tmp_path, monkeypatch):
     """The paper's sampling and mini-batches, on the small model and small numbers: the same script at the other scale."""
     data = ROOT / "data" / "tiny"
     flags = ["--scale", "node", "--model", BASE, "--data", data / "easy.jsonl", "--eval_data", data / "eval_easy.jsonl"]
@@ -74,6 +94,8 @@ def test_the_node_column_runs_too(tmp_path, monkeypatch):
         2,
         "--prompts_per_step",
         8,
+        "--group_size",
+        8,
         "--max_prompt_len",
         64,
         "--max_response_len",
@@ -81,9 +103,11 @@ def test_the_node_column_runs_too(tmp_path, monkeypatch):
         "--eval_samples",
         1,
     ]
-    rows = run_main(monkeypatch, lite_ppo, *flags, *small, "--tokens_per_gpu", 512, "--out", tmp_path / "run")
-    assert [row["train/lr"] for row in rows[:2]] == pytest.approx([1e-6 * 1 / 50, 1e-6 * 2 / 50])  # the warm-up
-    assert 0 < rows[0]["rollout/logp_gap"] < 0.02  # top-p 0.99: the engine shares out what was cut off
+    small += ["--overlong_buffer", 8] if script is dapo else []
+    rows = run_main(monkeypatch, script, *flags, *small, "--tokens_per_gpu", 512, "--out", tmp_path / "run")
+    assert [row["train/lr"] for row in rows[:2]] == pytest.approx([1e-6 / warmup, 1e-6 * min(1, 2 / warmup)])
+    if script is lite_ppo:
+        assert 0 < rows[0]["rollout/logp_gap"] < 0.02  # top-p 0.99: the engine shares out what was cut off
 
 
 # ----------------------------------------------------------------------------------------------------- stop and go on
@@ -98,7 +122,8 @@ KILLS = {  # where a run is killed: at which call of what, and how many checkpoi
 }
 KILLER = """
 import os, signal, sys, importlib
-import transformers, pathlib, shutil, common, lite_ppo
+import transformers, pathlib, shutil, common
+script = importlib.import_module(sys.argv.pop(1))
 owner, name = sys.argv.pop(1).rsplit(".", 1)
 after = int(sys.argv.pop(1))
 owner = eval(owner)
@@ -109,21 +134,43 @@ def kill(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGKILL)
     return original(*args, **kwargs)
 setattr(owner, name, kill)
-lite_ppo.main()
+script.main()
 """
+
+
+def run_and_kill(script, what, call, *flags):
+    command = [sys.executable, "-c", KILLER, script, what, *map(str, [call, *flags])]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == -signal.SIGKILL, done.stderr
 
 
 @pytest.mark.parametrize("what, call, checkpoints", KILLS.values(), ids=KILLS)
 def test_killed_and_resumed_is_the_same_run(finished, what, call, checkpoints, tmp_path, monkeypatch):
     folder = tmp_path / "run"
-    command = [sys.executable, "-c", KILLER, what, str(call), *SMALL, "--steps", "4", "--out", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    run_and_kill("lite_ppo", what, call, *SMALL, "--steps", 4, "--out", folder)
     assert len(list((folder / "checkpoints").glob("step_??????"))) == checkpoints
     run_main(monkeypatch, lite_ppo, "--resume", folder)
     got, want = ([without_times(row) for row in read_metrics(f)] for f in (folder, finished))
     assert got == want  # to the last bit
     assert (folder / "samples.jsonl").read_text() == (finished / "samples.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    "script, more",
+    [
+        (grpo, ["--kl_coef", 1]),  # the reference is the first policy, not the one it was resumed with
+        (grpo, ["--kl_coef", 1, "--lora_rank", 4]),
+        (dapo, ["--data", "medium", "--max_response_len", 64, "--overlong_buffer", 8]),  # as many problems a step as it takes
+    ],
+    ids=["grpo", "grpo_lora", "dapo"],
+)
+def test_the_others_are_the_same_after_a_kill(script, more, tmp_path, monkeypatch):
+    flags = [*SMALL, "--steps", 3, *more, "--out"]
+    want = run_main(monkeypatch, script, *flags, tmp_path / "whole")
+    run_and_kill(script.__name__, "common.check_finite", 5, *flags, tmp_path / "run")
+    got = run_main(monkeypatch, script, "--resume", tmp_path / "run")
+    assert [without_times(row) for row in got] == [without_times(row) for row in want]
+    assert want[1]["train/kl"] > 0 if script is grpo else want[0]["rollout/spent"] > 16
 
 
 def test_a_line_cut_short_is_forgotten(finished, tmp_path, monkeypatch):
@@ -172,13 +219,22 @@ FEW = [
 ]
 
 
-@pytest.mark.parametrize("more", [["--max_response_len", "64"], FEW], ids=["all", "few_survive"])
-def test_two_processes_give_the_same_rollout_and_step(more, tmp_path):
-    """From the real command line. Where few responses survive the filter, a process may have none, or no mini-batch any."""
-    flags = [*SMALL, "--steps", "1", "--prompts_per_step", "8", "--tokens_per_gpu", "256", *more]
+SPLITS = {
+    "lite_ppo-all": ["--max_response_len", "64"],
+    "lite_ppo-few_survive": FEW,
+    "grpo-kl": ["--max_response_len", "64", "--kl_coef", "1"],
+    "grpo-lora": ["--max_response_len", "64", "--kl_coef", "1", "--lora_rank", "4"],
+    "dapo-short": ["--data", "medium", "--max_response_len", "64", "--overlong_buffer", "8", "--max_resample", "1", "--minibatches", "8"],
+}
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_two_processes_give_the_same_rollout_and_step(name, tmp_path):
+    """From the real command line. Where few responses are trained on, a process may have none, or no mini-batch any."""
+    flags = [*SMALL, "--steps", "1", "--prompts_per_step", "8", "--tokens_per_gpu", "256", *SPLITS[name]]
     rows = []
     for processes in (1, 2):
-        torchrun(processes, "lite_ppo.py", *flags, "--out", tmp_path / str(processes))
+        torchrun(processes, f"{name.split('-')[0]}.py", *flags, "--out", tmp_path / str(processes))
         rows.append(read_metrics(tmp_path / str(processes)))
     one, two = rows
     assert one[0]["adv/zero"] < 1 and one[0]["train/grad_norm"] > 0
@@ -204,13 +260,27 @@ ENGINES = ["hf", pytest.param("vllm", marks=pytest.mark.vllm)]
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("processes", [1, 2])
 def test_ten_steps_raise_the_reward(engine, processes, tmp_path):
-    torchrun(processes, "lite_ppo.py", *LEARN, "--engine", engine, "--out", tmp_path / "run")
-    rows = read_metrics(tmp_path / "run")
+    learn("lite_ppo", processes, "--engine", engine, "--out", tmp_path / "run")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("script", ["grpo", "dapo"])
+def test_ten_steps_of_the_others(script, engine, tmp_path):
+    learn(script, 1, "--engine", engine, "--out", tmp_path / "run")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_ten_steps_with_lora(engine, tmp_path):
+    learn("grpo", 1, "--engine", engine, "--lora_rank", 8, "--lr", 3e-3, "--out", tmp_path / "run")
+
+
+def learn(script, processes, *flags):
+    torchrun(processes, f"{script}.py", *LEARN, *flags)
+    rows = read_metrics(flags[-1])
     accuracy = [rows[i]["eval/easy/accuracy"] for i in (0, -1)]
-    first, last = (sum(row["reward/mean"] for row in part) / 3 for part in (rows[:3], rows[-4:-1]))
-    print(
-        f"{engine}, {processes} processes: reward {first:.3f} to {last:.3f}, accuracy {accuracy[0]:.3f} to {accuracy[1]:.3f}"
-    )
+    first, last = (sum(row["rollout/accuracy"] for row in part) / 3 for part in (rows[:3], rows[-4:-1]))
+    said = f"{first:.3f} to {last:.3f}, evaluation {accuracy[0]:.3f} to {accuracy[1]:.3f}"
+    print(f"{script}, {processes} processes, {' '.join(map(str, flags[:-2]))}: {said}")
     assert last > first + 0.1 and accuracy[1] > accuracy[0] + 0.1
     assert max(row["rollout/logp_gap"] for row in rows[:-1]) < 1e-4
 
@@ -278,41 +348,109 @@ def test_filter_leaves_none_or_one(survivors, tmp_path, monkeypatch):
     assert rows[0]["rollout/truncated"] == 1 - survivors / 16
 
 
+# ------------------------------------------------------------------------------------------------------ dynamic sampling
+
+
+@pytest.mark.parametrize("mixed", [0, 1, 5])
+def test_dynamic_sampling_goes_on_with_what_it_has(mixed, tmp_path, monkeypatch, capsys):
+    """Three rounds of four groups find so many that are neither all right nor all wrong; the batch should have four."""
+    graded, stepped = [], []
+
+    def grade(text, answer):
+        graded.append(text)
+        group, member = divmod(len(graded) - 1, 4)
+        return rewards.Grade(member == 0 and 1 <= group <= mixed)
+
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a, **k: (stepped.append(1), step(self, *a, **k))[1])
+    monkeypatch.setattr(dapo, "grade", grade)
+    flags = [*SMALL, "--steps", 1, "--max_resample", 2, "--overlong", "keep", "--out", tmp_path / "run"]
+    row = run_main(monkeypatch, dapo, *flags)[0]
+    assert row["rollout/spent"] == (48 if mixed < 4 else 32)
+    assert row["reward/mean"] == pytest.approx((2 * mixed - row["rollout/spent"]) / row["rollout/spent"], abs=1e-6)
+    assert (f"{mixed} groups to train on after --max_resample 2" in capsys.readouterr().out) == (mixed < 4)
+    assert len(stepped) == min(mixed, 1) * 2 and ("train/loss" in row) == bool(mixed)
+
+
+# ---------------------------------------------------------------------------------------------------------- the reference
+
+
+def test_the_reference_is_the_first_policy(tmp_path, monkeypatch):
+    flags = [*SMALL, "--steps", 2, "--minibatches", 1, "--kl_coef", 1, "--out", tmp_path / "run"]
+    rows = run_main(monkeypatch, grpo, *flags)
+    assert rows[0]["train/kl"] == 0 and rows[1]["train/kl"] > 1e-5
+
+
+@pytest.mark.parametrize(
+    "more, copies", [({"kl_coef": 0}, 1), ({"kl_coef": 1}, 2), ({"kl_coef": 1, "lora_rank": 4}, 1)]
+)
+def test_copies_of_the_model(more, copies, tmp_path, monkeypatch):
+    """The trainer's, and one more only for a KL without LoRA (the hf engine has its own)."""
+    load, loaded = common.load_lm, []
+    monkeypatch.setattr(common, "load_lm", lambda args: loaded.append(1) or load(args))
+    flags = [x for k, v in more.items() for x in (f"--{k}", v)]
+    rows = run_main(monkeypatch, grpo, *SMALL, *flags, "--steps", 1, "--out", tmp_path / "run")
+    assert len(loaded) == copies and ("train/kl" in rows[0]) == (more["kl_coef"] > 0)
+
+
+def test_lora(tmp_path, monkeypatch):
+    """The engine gets weights and adapter summed; only the adapter is trained; the checkpoint is one of peft's."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    rows = run_main(
+        monkeypatch,
+        grpo,
+        *SMALL,
+        "--steps",
+        3,
+        "--lora_rank",
+        4,
+        "--lr",
+        3e-3,
+        "--minibatches",
+        1,
+        "--out",
+        tmp_path / "run",
+    )
+    assert max(row["rollout/logp_gap"] for row in rows[:3]) < 1e-5
+    assert rows[0]["train/kl"] == 0 and rows[2]["train/kl"] > 1e-5  # against the model with its adapter off
+    base = AutoModelForCausalLM.from_pretrained(BASE)
+    before = {name: p.clone() for name, p in base.named_parameters()}
+    merged = peft.PeftModel.from_pretrained(base, tmp_path / "run" / "checkpoints" / "step_000003").merge_and_unload()
+    changed = {name.split(".")[-2] for name, p in merged.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
 # -------------------------------------------------------------------------------------------------------- no dead flags
 
-TRICKS = {"norm", "loss_agg", "clip_low", "clip_high", "overlong", "wrong_reward"}
-OTHERS = {"clip_low": ["0.2", "0.01"], "clip_high": ["0.2", "0.01"]}  # flags without choices: two values
+OTHERS = {  # flags without choices: two values
+    "clip_low": ["0.2", "0.01"], "clip_high": ["0.2", "0.01"], "kl_coef": ["0", "5"],
+    "overlong_buffer": ["8", "32"], "max_resample": ["1", "4"],
+}  # fmt: skip
+NEEDS = {  # what else must be set for a flag to matter: a norm with a std undoes any reward scale
+    "wrong_reward": {"norm": "none"}, "kl_estimator": {"kl_coef": 5}, "overlong_buffer": {"max_response_len": 48},
+}  # fmt: skip
 
 
-def trick_flags():
-    parser = common.parser
-    with pytest.MonkeyPatch.context() as patch:
-        made = []
-        patch.setattr(common, "parser", lambda *a: made.append(parser(*a)) or made[0])
-        patch.setattr(common, "parse_args", lambda p, argv: exit())
-        with pytest.raises(SystemExit):
-            lite_ppo.parse_args([])
-    actions = {
-        a.dest: a for a in made[0]._actions if a.dest not in {"help", "scale", "engine", "out", "resume", *common.FLAGS}
-    }
-    return {name: [str(c) for c in a.choices or OTHERS[name]] for name, a in actions.items()}
+@pytest.mark.parametrize("script", [lite_ppo, grpo, dapo])
+def test_every_choice_of_every_trick_changes_the_update(script, tmp_path, monkeypatch):
+    """All of lite_ppo.py's, and what the others have besides (test_structure.py sees to it that the rest is the same code)."""
+    from safetensors.torch import load_file
 
-
-def test_every_choice_of_every_trick_changes_the_update(tmp_path, monkeypatch):
-    tricks = trick_flags()
-    assert set(tricks) == TRICKS
+    tricks = {a.dest: [str(c) for c in a.choices or OTHERS[a.dest]] for a in own_flags(script)}
+    if script is not lite_ppo:
+        known = {a.dest: [str(c) for c in a.choices or OTHERS[a.dest]] for a in own_flags(lite_ppo)}
+        tricks = {name: choices for name, choices in tricks.items() if known.get(name) != choices}
     base = [*SMALL, "--steps", 1, "--data", "medium", "--max_response_len", 32, "--minibatches", 4, "--lr", 3e-3]
+    base += ["--overlong_buffer", 16] if script is dapo else []
     weights = {}
     for flag, choices in tricks.items():
         for choice in choices:
-            settings = {"norm": "none"} if flag == "wrong_reward" else {}  # a norm with a std undoes any reward scale
-            settings |= {flag: choice}
+            settings = NEEDS.get(flag, {}) | {flag: choice}
             folder = tmp_path / f"{flag}={choice}"
-            run_main(
-                monkeypatch, lite_ppo, *base, *[x for k, v in settings.items() for x in (f"--{k}", v)], "--out", folder
-            )
-            from safetensors.torch import load_file
-
+            more = [x for k, v in settings.items() for x in (f"--{k}", v)]
+            run_main(monkeypatch, script, *base, *more, "--out", folder)
             state = load_file(folder / "checkpoints" / "step_000001" / "model.safetensors")
             weights[flag, choice] = torch.cat([p.flatten() for p in state.values()])
     for flag, choices in tricks.items():
@@ -321,7 +459,47 @@ def test_every_choice_of_every_trick_changes_the_update(tmp_path, monkeypatch):
                 assert (weights[flag, a] - weights[flag, b]).abs().max() > 1e-6, f"--{flag} {a} and {b} do the same"
 
 
+def own_flags(script):
+    shared = {"help", "scale", "engine", "out", "resume", *common.FLAGS}
+    return [a for a in make_parser(script)._actions if a.dest not in shared]
+
+
 # ------------------------------------------------------------------------------------------------------ copy and modify
+
+
+GSPO = ROOT / "tests" / "gspo.patch"
+
+
+def test_copy_and_modify_is_short():
+    changed = [
+        line for line in GSPO.read_text().splitlines() if line[0] in "+-" and not line.startswith(("+++", "---"))
+    ]
+    assert len(changed) <= 12
+
+
+def test_copy_and_modify_by_hand(tmp_path):
+    """Sequence-level ratios: exp of the mean log-ratio of a response; clip 0.2 and 0.28."""
+    copy_project(tmp_path, GSPO)
+    gspo = load_module(tmp_path / "lite_ppo.py")
+    # two responses in a pack, of 2 and 4 tokens. Log-ratios 0.2, 0.4: mean 0.3, ratio 1.349859, cut at 1.28; A = 1: loss -1.28.
+    # -0.1, 0.1, 0.2, 0.2: mean 0.1, ratio 1.105171; A = -1: loss 1.105171, and a quarter of it is each token's gradient
+    logp = torch.tensor([0.2, 0.4, -0.1, 0.1, 0.2, 0.2], requires_grad=True)
+    row, adv = torch.tensor([0, 0, 1, 1, 1, 1]), torch.tensor([1.0, 1, -1, -1, -1, -1])
+    loss, ratio = gspo.policy_loss(logp, torch.zeros(6), adv, 0.2, 0.28, row)
+    torch.testing.assert_close(loss.detach(), torch.tensor([-1.28] * 2 + [1.105171] * 4), atol=1e-5, rtol=0)
+    torch.testing.assert_close(ratio.detach(), torch.tensor([1.349859] * 2 + [1.105171] * 4), atol=1e-5, rtol=0)
+    weight = gspo.token_weights(torch.tensor([2.0, 4.0]), "seq_mean", 64)  # 1/4, 1/8: each response counts one half
+    (loss * weight[row]).sum().backward()
+    torch.testing.assert_close(logp.grad, torch.tensor([0.0] * 2 + [1.105171 / 2 / 4] * 4), atol=1e-5, rtol=0)
+
+
+def test_copy_and_modify_runs(tmp_path):
+    copy_project(tmp_path, GSPO)
+    (tmp_path / "lite_ppo.py").rename(tmp_path / "gspo.py")
+    done = subprocess.run([sys.executable, "gspo.py", *SMALL], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    [folder] = (tmp_path / "runs").iterdir()
+    assert folder.name.startswith("gspo__") and read_metrics(folder)[0]["train/clip_low"] > 0
 
 
 def test_copy_and_modify(tmp_path):

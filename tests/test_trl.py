@@ -3,11 +3,9 @@
 TRL is run, not read: `pip install --no-deps --target .trl trl==1.16.0`, then `PYTHONPATH=.trl python -m pytest -m trl`.
 """
 
-from functools import partial
-
 import pytest
 import torch
-from conftest import BASE, load_policy, make_batch
+from conftest import BASE, ROOT, copy_project, load_module, load_policy, make_batch
 
 import common
 import grpo
@@ -109,9 +107,8 @@ def ours(batch, policy_loss=grpo.policy_loss, **settings):
     for pack in packs:
         logp, _ = common.logprobs(policy, pack, a["temperature"])
         old_logp = logp.detach() - torch.cat([drift(batch)[i] for i in pack.rows.unique_consecutive()])
-        if policy_loss is not grpo.policy_loss:
-            policy_loss = partial(policy_loss, rows=pack.rows)
-        loss, _ = policy_loss(logp, old_logp, adv[pack.rows], a["clip_low"], a["clip_high"])
+        more = [] if policy_loss is grpo.policy_loss else [pack.rows.unique(return_inverse=True)[1]]
+        loss, _ = policy_loss(logp, old_logp, adv[pack.rows], a["clip_low"], a["clip_high"], *more)
         if a["kl_coef"]:
             ref_logp = common.logprobs(ref_model, pack, a["temperature"])[0].detach()
             loss = loss + a["kl_coef"] * grpo.kl(logp, ref_logp, a["kl_estimator"])
@@ -165,3 +162,14 @@ def test_a_filtered_response_counts_differently_in_a_sequence_mean(batch, tmp_pa
     left = sum(not r.truncated for r in batch) / len(batch)
     gradient = {n: g * left for n, g in gradient.items()}
     assert_same((adv, loss * left, gradient), theirs(batch, tmp_path, mask_truncated_completions=True))
+
+
+def test_the_worked_example_is_gspo(batch, tmp_path, monkeypatch):
+    """The README's copy of lite_ppo.py with sequence-level ratios (tests/gspo.patch)."""
+    monkeypatch.setattr(grpo, "EPS", TRL_EPS)
+    (tmp_path / "copy").mkdir()
+    copy_project(tmp_path / "copy", ROOT / "tests" / "gspo.patch")
+    gspo = load_module(tmp_path / "copy" / "lite_ppo.py")
+    settings = {"importance_sampling_level": "sequence", "epsilon": 0.05, "epsilon_high": 0.05}
+    got = ours(batch, gspo.policy_loss, clip_low=0.05, clip_high=0.05)
+    assert_same(got, theirs(batch, tmp_path, **settings))
