@@ -120,7 +120,7 @@ FLAGS = {  # the flags all scripts share; their defaults stand in the script
 def parser(file, doc, defaults):
     """The shared flags; a script adds its own. No flag has a default here: `parse_args` takes them from the table."""
     layout = argparse.RawDescriptionHelpFormatter
-    p = Parser(description=doc, formatter_class=layout, argument_default=argparse.SUPPRESS)
+    p = Parser(description=doc, formatter_class=layout, argument_default=argparse.SUPPRESS, allow_abbrev=False)
     p.script, p.table = Path(file).stem, defaults
     p.add_argument("--scale", choices=["laptop", "node"], help="column of defaults; node where there is a CUDA device")
     p.add_argument("--engine", choices=["auto", "hf", "vllm"], help="who samples; auto: vllm where it and CUDA are")

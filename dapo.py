@@ -178,13 +178,12 @@ def main():
         log.mean("rollout/spent", len(sampled))
         log.lap("generate")
 
-        # reward
+        # reward, less what a long response loses
         lengths = torch.tensor([float(len(r.ids)) for r in sampled], device=accelerator.device)  # (P' G,)
+        penalty = overlong_penalty(lengths, args.max_response_len, args.overlong_buffer)  # (P' G,)
         values = [1.0 if g.correct else float(args.wrong_reward) for g in grades]
-        rewards = torch.tensor(values, device=accelerator.device)  # (P' G,)
-        if args.overlong == "penalty":
-            rewards += overlong_penalty(lengths, args.max_response_len, args.overlong_buffer)
-        rewards = rewards.view(-1, args.group_size)
+        rewards = torch.tensor(values, device=accelerator.device) + penalty * (args.overlong == "penalty")
+        rewards = rewards.view(-1, args.group_size)  # (P', G)
 
         # advantage: one number a response, shared by all its tokens; from here on only of the groups that are kept
         adv = advantages(rewards[kept], args.norm).flatten()  # (N,)

@@ -9,6 +9,8 @@ import pytest
 from conftest import BASE, ROOT, SMALL, run_main
 
 import common
+import dapo
+import grpo
 import lite_ppo
 
 GOOD = json.dumps({"problem": "what is 1 + 2?", "answer": "3"})
@@ -18,18 +20,18 @@ GOOD = json.dumps({"problem": "what is 1 + 2?", "answer": "3"})
 def refused(monkeypatch, capsys, tmp_path):
     """Runs main() with these flags; -> the one line it says"""
 
-    def run(*flags, out="run"):
+    def run(*flags, out="run", script=lite_ppo):
         from transformers import AutoModelForCausalLM
 
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
         before = sorted(tmp_path.rglob("*"))
         with pytest.raises(SystemExit) as stop:
-            run_main(monkeypatch, lite_ppo, *flags, "--out", out)
+            run_main(monkeypatch, script, *flags, "--out", out)
         assert stop.value.code == 2
         assert sorted(tmp_path.rglob("*")) == before
         said = capsys.readouterr().err
-        assert said.count("\n") == 1 and said.startswith("lite_ppo.py: "), said
+        assert said.count("\n") == 1 and said.startswith(f"{script.__name__}.py: "), said
         return said
 
     return run
@@ -79,6 +81,46 @@ def refused(monkeypatch, capsys, tmp_path):
 def test_flag(refused, flag, value):
     more = ["--minibatches", "1"] if value == "2001" else []
     assert flag in refused("--scale", "laptop", *more, flag, value)
+
+
+@pytest.mark.parametrize(
+    "script, flag, value, more",
+    [
+        (grpo, "--kl_coef", "-0.1", []),
+        (grpo, "--kl_coef", "nan", []),
+        (grpo, "--kl_coef", "inf", []),
+        (grpo, "--kl_estimator", "k4", []),
+        (grpo, "--norm", "group", []),
+        (grpo, "--group_size", "1", []),
+        (grpo, "--lora_rank", "-1", []),
+        (grpo, "--lora_rank", "0.5", []),
+        (grpo, "--overlong", "filter", []),  # of another paper
+        (grpo, "--dynamic_sampling", "on", []),
+        (dapo, "--overlong_buffer", "0", []),
+        (dapo, "--overlong_buffer", "-8", []),
+        (dapo, "--overlong_buffer", "129", []),  # the limit is 128
+        (dapo, "--overlong_buffer", "32", ["--max_response_len", "31"]),
+        (dapo, "--max_resample", "0", []),
+        (dapo, "--max_resample", "-1", []),
+        (dapo, "--dynamic_sampling", "maybe", []),
+        (dapo, "--overlong", "soft", []),
+        (dapo, "--group_size", "1", ["--norm", "none"]),  # always all right or all wrong
+        (dapo, "--kl_coef", "0.1", []),
+        (lite_ppo, "--kl_coef", "0.1", []),
+        (lite_ppo, "--overlong", "penalty", []),
+        (lite_ppo, "--max_resample", "3", []),
+        (lite_ppo, "--wrong", "-1", []),  # no abbreviations: they would change their meaning with the next flag
+    ],
+)
+def test_flag_of_a_script(refused, script, flag, value, more):
+    assert flag in refused("--scale", "laptop", *more, flag, value, script=script)
+
+
+def test_what_is_off_is_not_checked():
+    args = dapo.parse_args(["--scale", "laptop", "--overlong", "keep", "--overlong_buffer", "999"])
+    assert args.overlong_buffer == 999
+    args = dapo.parse_args(["--scale", "laptop", "--dynamic_sampling", "off", "--norm", "none", "--group_size", "1"])
+    assert args.group_size == 1
 
 
 def test_unknown_flag(refused):

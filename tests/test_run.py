@@ -160,7 +160,10 @@ def test_killed_and_resumed_is_the_same_run(finished, what, call, checkpoints, t
     [
         (grpo, ["--kl_coef", 1]),  # the reference is the first policy, not the one it was resumed with
         (grpo, ["--kl_coef", 1, "--lora_rank", 4]),
-        (dapo, ["--data", "medium", "--max_response_len", 64, "--overlong_buffer", 8]),  # as many problems a step as it takes
+        (
+            dapo,
+            ["--data", "medium", "--max_response_len", 64, "--overlong_buffer", 8],
+        ),  # as many problems a step as it takes
     ],
     ids=["grpo", "grpo_lora", "dapo"],
 )
@@ -224,7 +227,18 @@ SPLITS = {
     "lite_ppo-few_survive": FEW,
     "grpo-kl": ["--max_response_len", "64", "--kl_coef", "1"],
     "grpo-lora": ["--max_response_len", "64", "--kl_coef", "1", "--lora_rank", "4"],
-    "dapo-short": ["--data", "medium", "--max_response_len", "64", "--overlong_buffer", "8", "--max_resample", "1", "--minibatches", "8"],
+    "dapo-short": [
+        "--data",
+        "medium",
+        "--max_response_len",
+        "64",
+        "--overlong_buffer",
+        "8",
+        "--max_resample",
+        "1",
+        "--minibatches",
+        "8",
+    ],
 }
 
 
@@ -499,7 +513,8 @@ def test_copy_and_modify_runs(tmp_path):
     done = subprocess.run([sys.executable, "gspo.py", *SMALL], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     [folder] = (tmp_path / "runs").iterdir()
-    assert folder.name.startswith("gspo__") and read_metrics(folder)[0]["train/clip_low"] > 0
+    clipped = [row["train/clip_low"] + row["train/clip_high"] for row in read_metrics(folder)[:2]]
+    assert folder.name.startswith("gspo__") and max(clipped) > 0.1  # of the tokens: whole responses, at these bounds
 
 
 def test_copy_and_modify(tmp_path):
