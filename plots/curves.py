@@ -1,6 +1,6 @@
-"""Reward, accuracy, response length and entropy of one or more runs.
+"""Reward, accuracy, response length and entropy of one or more runs, or any four metrics.
 
-python plots/curves.py runs/A runs/B ... --out curves.png
+python plots/curves.py runs/A runs/B ... --out curves.png --metrics train/kl,train/clip_high,train/grad_norm,adv/std
 """
 
 import argparse
@@ -12,20 +12,20 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-PANELS = [  # metric, axis
-    ("reward/mean", "reward of the training batch"),
-    ("eval/mean/accuracy", "accuracy, mean of the evaluation sets"),
-    ("rollout/response_len", "response length (tokens)"),
-    ("train/entropy", "entropy of the next token (nats)"),
-]
+PANELS = {  # metric: title
+    "reward/mean": "reward of the training batch",
+    "eval/mean/accuracy": "accuracy, mean of the evaluation sets",
+    "rollout/response_len": "response length (tokens)",
+    "train/entropy": "entropy of the next token (nats)",
+}
 
 
-def draw(folders, out):
+def draw(folders, out, metrics=tuple(PANELS)):
     """One line a run in each of four panels; a run without a metric has no line there."""
     figure, axes = plt.subplots(2, 2, figsize=(9, 6), sharex=True, layout="constrained")
     for folder in map(Path, folders):
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        for ax, (metric, _) in zip(axes.flat, PANELS):
+        for ax, metric in zip(axes.flat, metrics):
             points = [(row["step"], row[metric]) for row in rows if metric in row]
             if points:
                 ax.plot(
@@ -34,12 +34,13 @@ def draw(folders, out):
                     markersize=4,
                     label=folder.name,
                 )
-    for ax, (_, title) in zip(axes.flat, PANELS):
-        ax.set_title(title, fontsize=10)
+    for ax, metric in zip(axes.flat, metrics):
+        ax.set_title(PANELS.get(metric, metric), fontsize=10)
         ax.grid(alpha=0.3)
+        if metric.endswith("accuracy"):
+            ax.set_ylim(0, 1)
     for ax in axes[1]:
         ax.set_xlabel("rollouts trained on")
-    axes[0, 1].set_ylim(0, 1)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", fontsize=8)
     figure.savefig(out, dpi=120)
     plt.close(figure)
@@ -49,6 +50,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="run folders")
     parser.add_argument("--out", default="curves.png", help="the picture [%(default)s]")
+    parser.add_argument("--metrics", default=",".join(PANELS), help="up to four, separated by commas [%(default)s]")
     args = parser.parse_args()
-    draw(args.runs, args.out)
+    draw(args.runs, args.out, args.metrics.split(","))
     print(args.out)

@@ -7,6 +7,7 @@ import ast
 import difflib
 import io
 import re
+import subprocess
 import sys
 import tokenize
 from pathlib import Path
@@ -44,7 +45,7 @@ METRICS = {  # every name that is logged, each once
     "rollout/response_len, truncated": "tokens; share cut at `--max_response_len`",
     "rollout/accuracy": "share of the sampled responses that are right, whatever the rewards",
     "rollout/repeat_ratio": "of the truncated: share that ends in a loop",
-    "rollout/spent": "responses sampled for this step, those of dropped groups too",
+    "rollout/spent, kept": "responses sampled for this step, those of dropped groups too; groups that are trained on",
     "rollout/logp_gap, logp_k3": "trainer against engine, before any update: mean absolute difference (nats), and KL by "
     "exp(d) - 1 - d. The canary: a run stops when the engine evidently samples from other weights (in fp32 one missed load "
     "shows; in bf16 at a small learning rate it takes many)",
@@ -52,7 +53,7 @@ METRICS = {  # every name that is logged, each once
     "reward/solved_all, solved_none": "share of the sampled groups all right, all wrong",
     "reward/grader_errors": "share of responses the grader could not compare",
     "adv/std, max, zero": "of the advantages that are trained on; largest absolute value; share that is 0",
-    "train/loss, grad_norm, lr": "mean over the mini-batches; the norm before it is cut; of the last update",
+    "train/loss, grad_norm, lr": "mean over the mini-batches; the norm before it is cut; read from the optimizer after the last update",
     "train/entropy": "of the next token, nats, mean over trained tokens",
     "train/kl": "to the first policy, by `--kl_estimator`, mean over trained tokens; only with `--kl_coef` above 0",
     "train/clip_low, clip_high, ratio_max": "share of tokens whose gradient the lower, upper bound cuts; largest ratio",
@@ -67,9 +68,9 @@ METRICS = {  # every name that is logged, each once
 def sizes():
     rows = ["| paper | script | lines | what it changes | `diff grpo.py` |", "|---|---|---|---|---|"]
     for script in SCRIPTS:
-        both = (source(s).splitlines() for s in ("grpo", script))
-        changed = [line[0] for line in list(difflib.unified_diff(*both, n=0))[2:]]
-        diff = f"+{changed.count('+')} -{changed.count('-')}" if script != "grpo" else "-"
+        count = ["git", "diff", "--no-index", "--numstat", "grpo.py", f"{script}.py"]
+        count = subprocess.run(count, cwd=ROOT, capture_output=True, text=True).stdout.split()
+        diff = f"+{count[0]} -{count[1]}" if script != "grpo" else "-"
         paper, what = PAPERS[script]
         rows.append(f"| {paper} | [{script}.py]({script}.py) | {len(source(script).splitlines())} | {what} | {diff} |")
     for name, what in {"rewards": "text in, number out", "common": "flags, engines, packing, log, checkpoints"}.items():
@@ -84,9 +85,11 @@ def core(script):
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.COMMENT:
             lines[token.start[0] - 1] = lines[token.start[0] - 1][: token.start[1]].rstrip()
-    tricks = {f: v[0] for f, v in module.DEFAULTS.items() if f not in common.FLAGS and f != "overlong_buffer"}
+    tricks = {f: v[0] for f, v in module.DEFAULTS.items() if f not in common.FLAGS}
     math = {f: re.search(rf'^ +"{v}": +lambda [^:]*: (.+),$', "\n".join(lines), re.M) for f, v in tricks.items()}
-    defaults = [f"--{f} {v}".ljust(36) * bool(math[f]) + (math[f][1] if math[f] else f"--{f} {v}") for f, v in tricks.items()]
+    defaults = [
+        f"--{f} {v}".ljust(36) * bool(math[f]) + (math[f][1] if math[f] else f"--{f} {v}") for f, v in tricks.items()
+    ]
     for node in ast.parse(text).body:
         name = getattr(node, "name", None) or (node.targets[0].id if isinstance(node, ast.Assign) else None)
         if name and name not in {"parse_args", "DEFAULTS"}:
@@ -97,7 +100,7 @@ def core(script):
 def diff(script):
     hunks = list(difflib.unified_diff(core("grpo"), core(script), n=0, lineterm=""))[2:]
     shown = ["" if line.startswith("@@") else {"-": "< ", "+": "> "}[line[0]] + line[1:] for line in hunks]
-    return [f"    $ diff grpo.py {script}.py", *(f"    {line}".rstrip() for line in shown)]
+    return [f"    {line}".rstrip() for line in shown[1:]]
 
 
 def differences():
@@ -159,7 +162,8 @@ def flags():
 def constants():
     r = torch.tensor([[1.0, 1, 1, 0], [1, 0, 0, 0]])
     unbiased = float(lite_ppo.group_std(torch.tensor([[0.0, 1]]))) > 0.7  # sqrt(1/2), not 1/2
-    centred = float((r - lite_ppo.group_mean(r)).std())
+    raw, centred = (float(lite_ppo.batch_std(x)) - lite_ppo.EPS for x in (r, r - lite_ppo.group_mean(r)))
+    penalty = [float(dapo.overlong_penalty(torch.tensor(n), 20.0, 4.0)) for n in (16.0, 18.0, 20.0, 24.0)]
     equal = max(
         float(lite_ppo.advantages(torch.full((2, 8), -1.3), n).abs().max()) for n in lite_ppo.NORMS if "mean" in n
     )
@@ -167,7 +171,7 @@ def constants():
     limits = {str(k).removeprefix("torch."): v for k, v in common.STALE.items()}
     said = {
         "standard deviations": f"{'unbiased (n - 1)' if unbiased else 'biased (n)'}, plus {lite_ppo.EPS:g}",
-        "batch std": f"of the raw rewards of the whole rollout: {float(r.std()):.4f} on [[1,1,1,0],[1,0,0,0]]; the group-centred "
+        "batch std": f"of the raw rewards of the whole rollout: {raw:.4f} on [[1,1,1,0],[1,0,0,0]]; the group-centred "
         f"ones have {centred:.4f}",
         "a group with equal rewards": f"advantage exactly {equal:g}, also where the rewards are no binary fractions",
         "token mean": "over one optimizer step: one mini-batch, all GPUs (DAPO's formula: over one group; its authors' recipe: as here)",
@@ -175,7 +179,11 @@ def constants():
         "a filtered response": f"{'counts neither' if filtered else 'COUNTS'} as tokens nor as a response; it still counts in the "
         "advantages' mean and std",
         "a dropped group": "counts nowhere but in the metrics of `rollout/` and `reward/`",
-        "overlong punishment": "0 up to limit - buffer, then linear to -1 at the limit, `--max_response_len`; the end token is counted",
+        "one problem twice in a batch": "where dynamic sampling passes the end of an epoch, with other samples",
+        "overlong punishment": "with limit 20 and buffer 4: "
+        + ", ".join(f"{p:g}" for p in penalty)
+        + " at 16, 18, 20, 24 tokens. The limit is "
+        "`--max_response_len`; the end token is counted",
         "KL": "of the sampled tokens at the sampling temperature, in the loss, without importance ratio; k1 has no pull, the gradient of "
         "k2 is that of KL(pi, ref), that of k3 is that of KL(ref, pi)",
         "the reference": "the model of `--model`, never updated; with LoRA the same model, adapter off",
@@ -184,7 +192,7 @@ def constants():
         "a truncated response": "is graded like any other",
         "old log-probabilities": "the trainer's own, computed before the first update of a rollout",
         "a mini-batch with no response left": "no optimizer step",
-        "learning rate": "linear warm-up over rollouts, then constant; AdamW, weight decay 0",
+        "learning rate": "linear warm-up over rollouts, then constant",
         "a sample's seed": "a function of (run seed, step, problem id, sample number): the same on any number of GPUs",
         "the canary's limits": ", ".join(f"{limit:g} nats in {kind}" for kind, limit in limits.items()),
     }

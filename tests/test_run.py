@@ -227,18 +227,7 @@ SPLITS = {
     "lite_ppo-few_survive": FEW,
     "grpo-kl": ["--max_response_len", "64", "--kl_coef", "1"],
     "grpo-lora": ["--max_response_len", "64", "--kl_coef", "1", "--lora_rank", "4"],
-    "dapo-short": [
-        "--data",
-        "medium",
-        "--max_response_len",
-        "64",
-        "--overlong_buffer",
-        "8",
-        "--max_resample",
-        "1",
-        "--minibatches",
-        "8",
-    ],
+    "dapo-short": "--data hard --max_response_len 48 --overlong_buffer 8 --max_resample 1 --minibatches 8".split(),
 }
 
 
@@ -252,6 +241,7 @@ def test_two_processes_give_the_same_rollout_and_step(name, tmp_path):
         rows.append(read_metrics(tmp_path / str(processes)))
     one, two = rows
     assert one[0]["adv/zero"] < 1 and one[0]["train/grad_norm"] > 0
+    assert 0 < one[0].get("rollout/kept", 1) < 8
     for name, value in without_times(one[0]).items():
         assert two[0][name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
 
@@ -318,7 +308,7 @@ def test_a_stale_engine_stops_the_run(tmp_path, monkeypatch):
         "load",
         lambda self, model: None if hasattr(self, "loaded") else (load(self, model), setattr(self, "loaded", 1)),
     )
-    with pytest.raises(SystemExit, match="samples from other weights"):
+    with pytest.raises(SystemExit, match="samples from another model"):
         run_main(monkeypatch, lite_ppo, *SMALL, "--steps", 5, "--out", tmp_path / "run")
     assert len(read_metrics(tmp_path / "run")) >= 1  # the first rollout was fresh
 
@@ -365,8 +355,10 @@ def test_filter_leaves_none_or_one(survivors, tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------------------ dynamic sampling
 
 
-@pytest.mark.parametrize("mixed", [0, 1, 5])
-def test_dynamic_sampling_goes_on_with_what_it_has(mixed, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "mixed, norm", [(0, "group_mean_group_std"), (0, "batch_mean"), (1, "group_mean"), (5, "none")]
+)
+def test_dynamic_sampling_goes_on_with_what_it_has(mixed, norm, tmp_path, monkeypatch, capsys):
     """Three rounds of four groups find so many that are neither all right nor all wrong; the batch should have four."""
     graded, stepped = [], []
 
@@ -378,11 +370,12 @@ def test_dynamic_sampling_goes_on_with_what_it_has(mixed, tmp_path, monkeypatch,
     step = torch.optim.AdamW.step
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a, **k: (stepped.append(1), step(self, *a, **k))[1])
     monkeypatch.setattr(dapo, "grade", grade)
-    flags = [*SMALL, "--steps", 1, "--max_resample", 2, "--overlong", "keep", "--out", tmp_path / "run"]
+    flags = [*SMALL, "--steps", 1, "--max_resample", 2, "--overlong", "keep", "--norm", norm, "--out", tmp_path / "run"]
     row = run_main(monkeypatch, dapo, *flags)[0]
     assert row["rollout/spent"] == (48 if mixed < 4 else 32)
     assert row["reward/mean"] == pytest.approx((2 * mixed - row["rollout/spent"]) / row["rollout/spent"], abs=1e-6)
-    assert (f"{mixed} groups to train on after --max_resample 2" in capsys.readouterr().out) == (mixed < 4)
+    assert row["rollout/kept"] == min(mixed, 4)
+    assert (f"{mixed} of 4 groups after --max_resample 2" in capsys.readouterr().out) == (mixed < 4)
     assert len(stepped) == min(mixed, 1) * 2 and ("train/loss" in row) == bool(mixed)
 
 

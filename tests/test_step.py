@@ -18,7 +18,20 @@ import grpo
 import lite_ppo
 
 SHORT = [  # two rollouts in which every part has something to do: clips, warm-up, a cut gradient, truncated responses
-    *("--scale", "laptop", "--data", "medium", "--eval_data", "eval_easy", "--steps", 2, "--prompts_per_step", 4),
+    *(
+        "--scale",
+        "laptop",
+        "--data",
+        "medium",
+        "--eval_data",
+        "eval_easy",
+        "--steps",
+        2,
+        "--prompts_per_step",
+        4,
+        "--weight_decay",
+        0.1,
+    ),
     *("--group_size", 4, "--minibatches", 2, "--lr", 2e-3, "--warmup_steps", 3, "--max_grad_norm", 0.2),
     *("--temperature", 0.8, "--max_response_len", 40, "--tokens_per_gpu", 160, "--clip_low", 0.03, "--clip_high", 0.05),
 ]
@@ -66,7 +79,7 @@ def train_by_hand(args, rollouts):
 
     lm = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32, attn_implementation="eager")
     ref = copy.deepcopy(lm)
-    optimizer = torch.optim.AdamW(lm.parameters(), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(lm.parameters(), weight_decay=args.weight_decay)
     for step, sampled in enumerate(rollouts):
         groups = [sampled[i : i + args.group_size] for i in range(0, len(sampled), args.group_size)]
         if getattr(args, "dynamic_sampling", "off") == "on":
@@ -140,4 +153,9 @@ def test_two_rollouts_by_hand(script, settings, tmp_path, monkeypatch):
     off = float((flat[0] - flat[1]).norm() / flat[1].norm())
     print(f"{script.__name__} {settings}: the update differs by {off:.1e} of its length")
     assert off < 1e-3
+    # every part had something to do
     assert rows[1]["train/clip_low"] + rows[1]["train/clip_high"] > 0 and rows[0]["train/grad_norm"] > 0.2
+    assert 0 < rows[0]["rollout/truncated"] < 1
+    if getattr(parsed[0], "dynamic_sampling", "off") == "on":
+        assert rows[0]["rollout/spent"] > 16
+    assert [row["train/lr"] for row in rows[:2]] == pytest.approx([2e-3 / 3, 4e-3 / 3])

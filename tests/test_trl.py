@@ -8,15 +8,27 @@ import torch
 from conftest import BASE, ROOT, copy_project, load_module, load_policy, make_batch
 
 import common
+import dapo
 import grpo
+import lite_ppo
 
 pytestmark = pytest.mark.trl
 
+MODULES = {"grpo": grpo, "dapo": dapo, "lite_ppo": lite_ppo}
 P, G, LIMIT, TRL_EPS = 4, 4, 48, 1e-4  # prompts, responses to each; TRL adds 1e-4 to a standard deviation, we add 1e-6
 REWARDS = [[1.0, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0], [1, 0, 1, 0]]  # unequal, and one group with equal rewards
 NORMS = {"group_mean": "none", "group_mean_group_std": "group", "group_mean_batch_std": "batch"}  # TRL's scale_rewards
 LOSS_AGGS = {"token_mean": "dapo", "seq_mean": "grpo", "constant": "dr_grpo"}  # TRL's loss_type
+SCRIPTS = [  # the loss of a whole script, with the defaults of its paper
+    (
+        {"script": "grpo"},
+        {"scale_rewards": "group", "loss_type": "grpo", "beta": 0.04, "use_bias_correction_kl": False},
+    ),
+    ({"script": "dapo"}, {"scale_rewards": "group", "loss_type": "dapo", "epsilon_high": 0.28}),
+    ({"script": "lite_ppo"}, {"scale_rewards": "batch", "loss_type": "dapo"}),
+]
 CASES = [  # ours, TRL's
+    *SCRIPTS,
     *[({"norm": ours}, {"scale_rewards": theirs}) for ours, theirs in NORMS.items()],
     *[({"loss_agg": ours}, {"loss_type": theirs}) for ours, theirs in LOSS_AGGS.items()],
     ({"clip_low": 0.1, "clip_high": 0.28}, {"epsilon": 0.1, "epsilon_high": 0.28}),
@@ -94,24 +106,28 @@ def theirs(batch, folder, **settings):
     return inputs["advantages"], loss.detach(), {n: p.grad for n, p in trainer.model.named_parameters()}
 
 
-def ours(batch, policy_loss=grpo.policy_loss, **settings):
+def ours(batch, policy_loss=None, bias_correction=False, **settings):
     """-> our advantages, loss and gradient, from the functions of the scripts in the order of their main()"""
-    a = DEFAULTS | settings
+    script = MODULES[settings.get("script", "grpo")]
+    stated = {k: v[0] for k, v in script.DEFAULTS.items() if k in DEFAULTS or k == "kl_estimator"}
+    a = DEFAULTS | (stated if "script" in settings else {}) | settings
     policy, ref_model = common.Policy(shaken_packed()), load_policy()
-    adv = grpo.advantages(torch.tensor(REWARDS), a["norm"]).flatten()
+    adv = script.advantages(torch.tensor(REWARDS), a["norm"]).flatten()
     lengths = torch.tensor([float(len(r.ids)) for r in batch])
     if a.get("overlong") == "filter":
         lengths[torch.tensor([r.truncated for r in batch])] = 0
-    weight, total = grpo.token_weights(lengths, a["loss_agg"], LIMIT), 0
+    weight, total = script.token_weights(lengths, a["loss_agg"], LIMIT), 0
     [packs] = common.minibatches(batch, (lengths > 0).tolist(), 1, 200)
     for pack in packs:
         logp, _ = common.logprobs(policy, pack, a["temperature"])
         old_logp = logp.detach() - torch.cat([drift(batch)[i] for i in pack.rows.unique_consecutive()])
-        more = [] if policy_loss is grpo.policy_loss else [pack.rows.unique(return_inverse=True)[1]]
-        loss, _ = policy_loss(logp, old_logp, adv[pack.rows], a["clip_low"], a["clip_high"], *more)
+        more = [pack.rows.unique(return_inverse=True)[1]] if policy_loss else []
+        f = policy_loss or script.policy_loss
+        loss, ratio = f(logp, old_logp, adv[pack.rows], a["clip_low"], a["clip_high"], *more)
         if a["kl_coef"]:
             ref_logp = common.logprobs(ref_model, pack, a["temperature"])[0].detach()
-            loss = loss + a["kl_coef"] * grpo.kl(logp, ref_logp, a["kl_estimator"])
+            divergence = grpo.kl(logp, ref_logp, a["kl_estimator"])
+            loss = loss + a["kl_coef"] * divergence * (ratio if bias_correction else 1)
         loss = (loss * weight[pack.rows]).sum()
         loss.backward()
         total += loss.detach()
@@ -140,7 +156,8 @@ def assert_same(got, want):
 
 @pytest.mark.parametrize("our_settings, their_settings", CASES)
 def test_the_same_loss_and_gradient(our_settings, their_settings, batch, tmp_path, monkeypatch):
-    monkeypatch.setattr(grpo, "EPS", TRL_EPS)
+    for script in MODULES.values():
+        monkeypatch.setattr(script, "EPS", TRL_EPS)
     assert_same(ours(batch, **our_settings), theirs(batch, tmp_path, **their_settings))
 
 
@@ -153,6 +170,14 @@ def test_the_stated_difference(norm, batch, tmp_path):
     std = std.get(norm, rewards.std().expand(P * G))
     factor = 1 if std is None else (std + 1e-4) / (std + 1e-6)
     torch.testing.assert_close(adv, their_adv * factor, atol=1e-6, rtol=1e-6)
+
+
+def test_trl_multiplies_the_kl_with_the_ratio(batch, tmp_path, monkeypatch):
+    """By default; GRPO's paper does not, nor do we."""
+    monkeypatch.setattr(grpo, "EPS", TRL_EPS)
+    got = ours(batch, kl_coef=0.5, kl_estimator="k3", bias_correction=True)
+    assert_same(got, theirs(batch, tmp_path, beta=0.5))
+    assert abs(float(got[1] - ours(batch, kl_coef=0.5, kl_estimator="k3")[1])) > 1e-3
 
 
 def test_a_filtered_response_counts_differently_in_a_sequence_mean(batch, tmp_path, monkeypatch):
@@ -171,5 +196,5 @@ def test_the_worked_example_is_gspo(batch, tmp_path, monkeypatch):
     copy_project(tmp_path / "copy", ROOT / "tests" / "gspo.patch")
     gspo = load_module(tmp_path / "copy" / "lite_ppo.py")
     settings = {"importance_sampling_level": "sequence", "epsilon": 0.05, "epsilon_high": 0.05}
-    got = ours(batch, gspo.policy_loss, clip_low=0.05, clip_high=0.05)
+    got = ours(batch, gspo.policy_loss, loss_agg=gspo.DEFAULTS["loss_agg"][0], clip_low=0.05, clip_high=0.05)
     assert_same(got, theirs(batch, tmp_path, **settings))
