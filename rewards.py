@@ -10,7 +10,7 @@ The answer of a problem is wrapped in a box before it is parsed: bare, `2\sqrt{3
 import logging
 import re
 from dataclasses import dataclass
-from decimal import Decimal
+from decimal import Context, Decimal
 
 import numpy as np
 
@@ -21,6 +21,7 @@ logging.getLogger("latex2sympy2_extended").setLevel(logging.CRITICAL)
 
 LONGEST_ANSWER = 600  # characters; longer boxes are no answers, and symbolic algebra on them can take minutes
 DEEPEST_ANSWER = 12  # braces within braces; the parser's cost grows steeply with them
+BETWEEN = 40  # characters between two boxes of a list, at most
 SECONDS = 2  # for parsing, and again for comparing
 
 REPEATS = 3  # a block said three times in a row is a loop; twice can be emphasis
@@ -36,26 +37,92 @@ class Grade:
 
 
 def extract_answer(text: str) -> str | None:
-    r"""The inside of the last \boxed{...} that is closed, stripped; None where there is none. One pass over the text."""
-    answer, last, stack = None, -1, []
+    r"""The inside of the last \boxed{...} that is closed, stripped; None where there is none. One pass over the text.
+
+    After a </think> only what follows it counts. Boxes that follow each other with nothing but commas, "and", "or" or
+    space between them are one answer, a list: several candidates are not the right one.
+    """
+    text = text[text.rfind("</think>") + 1 :]
+    boxes, stack = [], []  # (start, end) of each box that is closed
     for m in re.finditer(r"\\boxed\s*\{|\\.|[{}]", text, re.DOTALL):
         if m[0] == "}":
             is_box, start = stack.pop() if stack else (False, 0)
-            if is_box and start > last:
-                answer, last = text[start : m.start()].strip(), start
+            if is_box:
+                boxes.append((start, m.start()))
         elif m[0][-1] == "{" and m[0] != r"\{":
             stack.append((m[0] != "{", m.end()))
-    return answer
+    if not boxes:
+        return None
+    start, end = max(boxes)
+    listed, first = [text[start:end].strip()], start
+    for start, end in sorted(boxes, reverse=True)[1:]:
+        if end > first:  # the box around it
+            continue
+        if first - end > BETWEEN or not re.fullmatch(r"\}[\s,;$]*(and|or)?[\s,;$]*\\boxed\s*\{", text[end:first]):
+            break
+        listed, first = [text[start:end].strip(), *listed], start
+    return ", ".join(listed) if len(set(listed)) > 1 else listed[0]
+
+
+SAME = {  # the same mark in other letters, and marks that say nothing
+    "−": "-", "×": r"\times ", "·": r"\cdot ", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "∪": r"\cup ",
+    "°": r"^\circ ", r"\degree": r"^\circ ", "∅": r"\emptyset ", r"\varnothing": r"\emptyset ",
+    r"\displaystyle": "", r"\text{\$}": "", r"\$": "",
+}  # fmt: skip
+NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)"
+SYMBOL = r"(?:\\?[a-zA-Z]+|\\math\w+\{\w+\})(?:_\{?[\\\w]+\}?|\(\w\))?"  # x, \theta, \mathbf{M}, I_{\max}, f(x)
 
 
 def normalise(answer: str) -> str:
-    """Marks that never change a value go: dollars, spaces, a full stop at the end, commas between thousands."""
-    answer = re.sub(r"\\[!,;: ]|[$\s]|\{,\}(?=\d{3})", "", answer).rstrip(".")
-    return answer.replace(",", "") if re.fullmatch(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?", answer) else answer
+    """One form for what is written in several ways and never changes a value: other letters for a sign, dollars, spaces,
+    sizes of brackets, a full stop at the end, marks between thousands, percent in words, 4.5e33 for 4.5 x 10^33."""
+    for mark, other in SAME.items():
+        answer = answer.replace(mark, other)
+    answer = re.sub(r"\\[bB]igg?[lrm]?(?![a-zA-Z])", "", answer)
+    answer = re.sub(r"√\{?(\w+)\}?", r"\\sqrt{\1}", answer)
+    answer = re.sub(r"\s*(percentage|percent)\b", r"\\%", answer)
+    answer = re.sub(r"\\[!,;: ]|\{,\}", lambda m: "," if m[0] == "{,}" else " ", answer.replace("$", ""))
+    answer = re.sub(r"(?<=\d)\s(?=\d{3}(?!\d))", "", answer)  # 15 400
+    answer = re.sub(r"(\\[a-zA-Z]+|\d)?\s+(?=(\w)?)", keep_apart, answer).rstrip(".")
+    answer = re.sub(rf"(?<![\w.])({NUMBER})[eE]([+-]?\d+)(?!\w)", r"\1\\times10^{\2}", answer, flags=re.ASCII)
+    return answer.replace(",", "") if re.fullmatch(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?", answer, re.ASCII) else answer
 
 
-def is_number(answer: str) -> bool:
-    return re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)", answer, re.ASCII) is not None
+def keep_apart(m: re.Match) -> str:
+    r"""Space goes, except where it ends a name such as \pi before a letter, and between two digits."""
+    before, after = m[1] or "", m[2] or ""
+    return before + " " * (after.isalpha() if before.startswith("\\") else before.isdigit() and after.isdigit())
+
+
+def value(answer: str) -> Decimal | None:
+    """Of a plain number, also times a power of ten; None of anything else."""
+    m = re.fullmatch(rf"({NUMBER})(?:\\(?:times|cdot)10\^\{{?([+-]?\d{{1,4}})\}}?)?", answer, re.ASCII)
+    return m and Decimal(m[1]).scaleb(int(m[2] or 0), Context(prec=len(m[1]) + 1))
+
+
+def without_unit(answer: str, other: str) -> str:
+    """The number before a unit in words, where `other` has none."""
+    m = re.fullmatch(r"(.*\d\}?)\\(?:text|mathrm)\{[^}]*\}", answer)
+    return m[1] if m and r"\text" not in other and r"\mathrm" not in other else answer
+
+
+def right_side(answer: str, other: str) -> str:
+    """What x is, where `answer` says "x = ..." and `other` names no letter, or the same."""
+    m, n = (re.fullmatch(rf"({SYMBOL})=([^=<>]+)", side) for side in (answer, other))
+    return m[2] if m and (n[1] == m[1] if n else "=" not in other) else answer
+
+
+def nonsense(ours: str, theirs: str) -> bool:
+    """What symbolic algebra would let pass: 41 = 42, a base nobody asked for, a computation left to the grader, --5."""
+    sides = {value(side) for side in ours.split("=")}
+    base = re.fullmatch(r"\w+_\{?\d+\}?", ours, re.ASCII)
+    work = [name for name in (r"\int", r"\sum", r"\prod", r"\lim") if name in ours and name not in theirs]
+    return (
+        ("=" in ours and None not in sides and len(sides) > 1)
+        or (base is not None and re.sub("[{}]", "", ours) != re.sub("[{}]", "", theirs))
+        or bool(work)
+        or re.search(r"[+-]{2}", ours) is not None
+    )
 
 
 def too_hard(answer: str) -> bool:
@@ -79,12 +146,16 @@ def grade(text: str, answer: str) -> Grade:
     boxed = extract_answer(text)
     if boxed is None or boxed == "":
         return Grade(False)
+    if len(boxed) > LONGEST_ANSWER and boxed != answer:
+        return Grade(False)
     ours, theirs = normalise(boxed), normalise(answer)
+    ours, theirs = right_side(ours, theirs), right_side(theirs, ours)
+    ours, theirs = without_unit(ours, theirs), without_unit(theirs, ours)
     if ours == theirs:
         return Grade(True)
-    if is_number(ours) and is_number(theirs):
-        return Grade(Decimal(ours) == Decimal(theirs))
-    if too_hard(ours):
+    if (a := value(ours)) is not None and (b := value(theirs)) is not None:
+        return Grade(a == b)
+    if too_hard(ours) or nonsense(ours, theirs):
         return Grade(False)
     return compare(theirs, ours)
 
@@ -95,11 +166,20 @@ def compare(answer: str, boxed: str) -> Grade:
 
     try:
         gold, given = (parse(rf"\boxed{{{a}}}", parsing_timeout=SECONDS, raise_on_error=True) for a in (answer, boxed))
-        return Grade(bool(verify(gold, given, timeout_seconds=SECONDS, raise_on_error=True)))
+        equal = verify(gold, given, timeout_seconds=SECONDS, raise_on_error=True)
+        return Grade(bool(equal) and not (gold and given and far_apart(gold[0], given[0])))
     except TimeoutException:
         return Grade(False, "timeout")
     except Exception as error:  # whatever the parser or the algebra stumbles over; counted by the caller
         return Grade(False, type(error).__name__)
+
+
+def far_apart(a, b) -> bool:
+    """Two numbers so small that math-verify, which rounds to decimals, takes them for equal: 2^-98 and 2^-99"""
+    if not all(getattr(x, "is_number", False) and getattr(x, "is_real", False) for x in (a, b)):
+        return False
+    a, b = a.evalf(20), b.evalf(20)
+    return max(abs(a), abs(b)) < 1e-6 and abs(a - b) > 1e-6 * max(abs(a), abs(b))
 
 
 def math_reward(text: str, answer: str) -> float:

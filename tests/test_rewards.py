@@ -18,6 +18,11 @@ from rewards import REPEAT_SPAN, REPEATS, extract_answer, grade, math_reward, re
         (r"\boxed{4} and \boxed{5", "4"),  # the last that is closed
         (r"\boxed{1 \boxed{2}", "2"),
         (r"} \boxed{3}", "3"),
+        (r"<think>\boxed{4}</think> so \boxed{5}", "5"),
+        (r"so \boxed{5} <think>\boxed{4}</think>", None),  # after a </think> only what follows it
+        (r"\boxed{1} or \boxed{2}, \boxed{3}", "1, 2, 3"),  # several candidates are a list
+        (r"\boxed{2}, \boxed{2}", "2"),
+        (r"\boxed{1}, so it is not \boxed{2}", "2"),
         ("the answer is 5", None),
         (r"\boxed{5", None),
         (r"\boxed{}", ""),
@@ -44,6 +49,24 @@ def test_extract_answer(text, box):
         (r"x+1", "1+x"),
         (r"\dfrac{3}{4}", r"\frac34"),
         (r"10\%", "10"),  # needs antlr 4.13
+        ("28 percent", r"28\%"),
+        ("15 400", "15400"),
+        (r"15\,400", "15400"),
+        ("870000000", "8.7e8"),
+        (r"8.7 \times 10^{8}", "8.7e8"),
+        (r"8.7\cdot10^8 \text{ kg}", "8.7e8"),
+        (r"5.9049 \times 10^{4}", "59049"),
+        ("−3", "-3"),
+        ("√3", r"\sqrt{3}"),
+        (r"60\degree", r"60^\circ"),
+        (r"\varnothing", r"\emptyset"),
+        (r"\bigl(1, 2\bigr)", "(1, 2)"),
+        (r"\text{\$}22.21", "22.21"),
+        (r"\mathbf{M} = \begin{pmatrix} 1 & 2 \end{pmatrix}", r"\begin{pmatrix} 1 & 2 \end{pmatrix}"),
+        (r"I_{\max} = \frac{q}{2}", r"I_{\max } = \frac{q}{2}"),
+        (r"2 \pi x", r"2x\pi"),  # the space after \pi is no space like others
+        ("1010_2", "1010_{2}"),
+        ("2^{-99}", r"\frac{1}{2^{99}}"),
     ],
 )
 def test_equal(box, answer):
@@ -59,6 +82,17 @@ def test_equal(box, answer):
         ("2", r"2\sqrt{3}"),  # a bare answer would be parsed as 2
         ("7", r"7\pi"),
         ("1, 2", "2"),
+        ("1 2", "12"),
+        ("1 2", "2"),
+        ("41 = 42", "42"),
+        ("510_8", "510"),  # nobody asked for that base
+        ("776_9", "776_8"),
+        ("2^{-98}", "2^{-99}"),  # equal to 15 decimals
+        (r"\int_0^1 x dx", r"\frac{1}{2}"),  # left to the grader
+        ("--5", "5"),
+        ("y = 5", "x = 5"),
+        ("0.0000003", "0.00000012"),
+        (r"5 \times 10^{3}", "5e4"),
         ("", "5"),
         ("five", "5"),
         ("5" * 5000, "5"),
