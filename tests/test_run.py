@@ -161,7 +161,7 @@ def test_killed_and_resumed_is_the_same_run(finished, what, call, checkpoints, t
         (grpo, ["--kl_coef", 1]),  # the reference is the first policy, not the one it was resumed with
         (grpo, ["--kl_coef", 1, "--lora_rank", 4]),
         # as many problems a step as it takes
-        (dapo, ["--data", "hard", "--max_response_len", 48, "--overlong_buffer", 8]),
+        (dapo, ["--data", "hard", "--max_response_len", 56, "--overlong_buffer", 8]),
     ],
     ids=["grpo", "grpo_lora", "dapo"],
 )
