@@ -692,8 +692,8 @@ def all_gather_rows(mine):
 
 
 def spread(function, items):
-    """[function(x) for x in items], each process doing its part; the same list on all"""
-    return all_gather_rows([function(x) for x in items[rank() :: world()]])
+    """function(items), which gives a list as long, each process doing its part; the same list on all"""
+    return all_gather_rows(function(items[rank() :: world()]))
 
 
 # ----------------------------------------------------------------------------------------------------- log, run folder
@@ -745,12 +745,13 @@ class Log:
         self.mean("rollout/truncated", [r.truncated for r in batch])
         self.mean("rollout/accuracy", solved)
         if truncated:
-            self.mean("rollout/repeat_ratio", spread(lambda r: rewards.repeats(r.ids), truncated))
+            self.mean("rollout/repeat_ratio", spread(lambda some: [rewards.repeats(r.ids) for r in some], truncated))
         self.mean("reward/mean", reward)
         self.mean("reward/std", reward.std())
         self.mean("reward/solved_all", solved.all(1))
         self.mean("reward/solved_none", ~solved.any(1))
         self.mean("reward/grader_errors", [bool(g.error) for g in grades])
+        self.mean("reward/grader_timeouts", [g.error == "timeout" for g in grades])
         if len(adv):
             self.mean("adv/std", adv.std())
             self.max("adv/max", adv.abs())
@@ -923,10 +924,10 @@ def check_finite(log, step, pack, batch, loss):  # loss (T,)
 # ---------------------------------------------------------------------------------------------------------- evaluation
 
 
-def evaluate(engine, log, step):
+def evaluate(engine, pool, log, step):
     """avg@k of every evaluation set with the run's sampling settings. The seeds are the same at every step."""
     batch = engine.generate(log.eval_problems, log.args.eval_samples, "eval")
-    graded = spread(lambda r: rewards.grade(r.text, r.problem["answer"]).correct, batch)
+    graded = [g.correct for g in spread(pool.grade, [(r.text, r.problem["answer"]) for r in batch])]
     scores, samples = {}, []
     for name in dict.fromkeys(p["set"] for p in log.eval_problems):
         pairs = [(r, correct) for r, correct in zip(batch, graded) if r.problem["set"] == name]

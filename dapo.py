@@ -22,7 +22,7 @@ find P with groups to keep. T tokens of one pack of responses, one after the oth
 import torch
 
 import common
-from rewards import grade
+from rewards import GradePool
 
 DEFAULTS = {  # flag: (laptop, node). Node is the paper. What it leaves open is marked so; the model and the evaluation
     # are those of the study, arXiv 2508.08221, so that the scripts can be compared
@@ -158,6 +158,7 @@ def parse_args(argv=None):
 def main():
     args = parse_args()
     accelerator, model, optimizer, engine, problems, log = common.start(args)
+    pool = GradePool()
     for step in range(log.first_step, args.steps + 1):
         # rollout: G responses to each prompt, from the current policy, until P groups can be kept
         engine.wake()
@@ -165,16 +166,16 @@ def main():
         engine.load(model)
         log.lap("sync")
         if step % args.eval_every == 0 or step == args.steps:
-            common.evaluate(engine, log, step)
+            common.evaluate(engine, pool, log, step)
         if step == args.steps:
             break
         sampled, grades = [], []
         for attempt in range(1 + args.max_resample):
-            sampled += engine.generate(
-                problems.take(args.prompts_per_step), args.group_size, (step, attempt) if attempt else step
-            )
+            key = (step, attempt) if attempt else step  # the first round's seeds are those of the other scripts
+            fresh = engine.generate(problems.take(args.prompts_per_step), args.group_size, key)
             log.lap("generate")
-            grades += common.spread(lambda r: grade(r.text, r.problem["answer"]), sampled[len(grades) :])
+            sampled += fresh
+            grades += common.spread(pool.grade, [(r.text, r.problem["answer"]) for r in fresh])
             log.lap("reward")
             correct = torch.tensor([g.correct for g in grades]).view(-1, args.group_size)  # (P', G)
             kept = KEEPS[args.dynamic_sampling](correct).nonzero()[: args.prompts_per_step, 0]  # (P,), or fewer

@@ -15,7 +15,7 @@ one after the other.
 import torch
 
 import common
-from rewards import grade
+from rewards import GradePool
 
 DEFAULTS = {  # flag: (laptop, node). Node is the paper. What it leaves open is marked so; the model and the evaluation
     # are those of the study, arXiv 2508.08221, so that the scripts can be compared
@@ -136,6 +136,7 @@ def main():
     args = parse_args()
     accelerator, model, optimizer, engine, problems, log = common.start(args)
     ref_model = common.reference(args, model) if args.kl_coef > 0 else None
+    pool = GradePool()
     for step in range(log.first_step, args.steps + 1):
         # rollout: G responses to each prompt, from the current policy
         engine.wake()
@@ -143,7 +144,7 @@ def main():
         engine.load(model)
         log.lap("sync")
         if step % args.eval_every == 0 or step == args.steps:
-            common.evaluate(engine, log, step)
+            common.evaluate(engine, pool, log, step)
         if step == args.steps:
             break
         batch = engine.generate(problems.take(args.prompts_per_step), args.group_size, step)
@@ -151,7 +152,7 @@ def main():
         log.lap("generate")
 
         # reward
-        grades = common.spread(lambda r: grade(r.text, r.problem["answer"]), batch)
+        grades = common.spread(pool.grade, [(r.text, r.problem["answer"]) for r in batch])
         values = [1.0 if g.correct else float(args.wrong_reward) for g in grades]
         rewards = torch.tensor(values, device=accelerator.device).view(-1, args.group_size)  # (P, G)
 

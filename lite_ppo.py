@@ -13,7 +13,7 @@ P prompts, G responses to each, N = P G responses in a batch; T tokens of one pa
 import torch
 
 import common
-from rewards import grade
+from rewards import GradePool
 
 DEFAULTS = {  # flag: (laptop, node). Node is the paper: sections 3.1 and 4 and appendix A.1, version 3
     "norm": ("group_mean_batch_std", "group_mean_batch_std"),  # section 5
@@ -119,6 +119,7 @@ def parse_args(argv=None):
 def main():
     args = parse_args()
     accelerator, model, optimizer, engine, problems, log = common.start(args)
+    pool = GradePool()
     for step in range(log.first_step, args.steps + 1):
         # rollout: G responses to each prompt, from the current policy
         engine.wake()
@@ -126,7 +127,7 @@ def main():
         engine.load(model)
         log.lap("sync")
         if step % args.eval_every == 0 or step == args.steps:
-            common.evaluate(engine, log, step)
+            common.evaluate(engine, pool, log, step)
         if step == args.steps:
             break
         batch = engine.generate(problems.take(args.prompts_per_step), args.group_size, step)
@@ -134,7 +135,7 @@ def main():
         log.lap("generate")
 
         # reward
-        grades = common.spread(lambda r: grade(r.text, r.problem["answer"]), batch)
+        grades = common.spread(pool.grade, [(r.text, r.problem["answer"]) for r in batch])
         values = [1.0 if g.correct else float(args.wrong_reward) for g in grades]
         rewards = torch.tensor(values, device=accelerator.device).view(-1, args.group_size)  # (P, G)
 

@@ -7,10 +7,18 @@ r"""Text in, number out: what a response is worth. No torch, no model.
 The answer of a problem is wrapped in a box before it is parsed: bare, `2\sqrt{3}` would be read as 2.
 """
 
+import json
 import logging
+import os
 import re
+import resource
+import select
+import subprocess
+import sys
+import time
 from dataclasses import dataclass
 from decimal import Context, Decimal
+from pathlib import Path
 
 import numpy as np
 
@@ -22,6 +30,12 @@ logging.getLogger("latex2sympy2_extended").setLevel(logging.CRITICAL)
 LONGEST_ANSWER = 600  # characters; longer boxes are no answers, and symbolic algebra on them can take minutes
 DEEPEST_ANSWER = 12  # braces within braces; the parser's cost grows steeply with them
 BETWEEN = 40  # characters between two boxes of a list, at most
+WORKERS = 4  # processes that compare, for each process that trains
+WALL_SECONDS = (
+    5  # after that a worker is killed; its own alarms come first, except where the interpreter never gets to them
+)
+MEMORY = 2 << 30  # bytes a worker may use
+REMEMBERED = 100_000  # comparisons
 SECONDS = 2  # for parsing, and again for comparing
 
 REPEATS = 3  # a block said three times in a row is a loop; twice can be emphasis
@@ -138,11 +152,8 @@ def too_hard(answer: str) -> bool:
     )
 
 
-def grade(text: str, answer: str) -> Grade:
-    r"""Is the last box of `text` equal to `answer` (LaTeX without a box)? Never raises, whatever the strings.
-
-    Equal strings and plain numbers are decided here; the rest by math-verify, the answer first, as it is not symmetric.
-    """
+def decide(text: str, answer: str) -> Grade | tuple[str, str]:
+    """What strings and numbers can decide; else what math-verify has to compare, the answer first: it is not symmetric."""
     boxed = extract_answer(text)
     if boxed is None or boxed == "":
         return Grade(False)
@@ -157,7 +168,16 @@ def grade(text: str, answer: str) -> Grade:
         return Grade(a == b)
     if too_hard(ours) or nonsense(ours, theirs):
         return Grade(False)
-    return compare(theirs, ours)
+    return theirs, ours
+
+
+def grade(text: str, answer: str) -> Grade:
+    r"""Is the last box of `text` equal to `answer` (LaTeX without a box)? Never raises, whatever the strings.
+
+    For one pair, in the main thread of this process; many are for a `GradePool`.
+    """
+    decided = decide(text, answer)
+    return decided if isinstance(decided, Grade) else compare(*decided)
 
 
 def compare(answer: str, boxed: str) -> Grade:
@@ -184,6 +204,86 @@ def far_apart(a, b) -> bool:
 
 def math_reward(text: str, answer: str) -> float:
     return float(grade(text, answer).correct)
+
+
+def serve():
+    """What a worker of the pool runs: a line of JSON in, a line out, until its input ends with the process that reads it."""
+    out, sys.stdout = sys.stdout, sys.stderr  # whatever a library may print
+    import math_verify  # noqa: F401  (so that the first answer does not wait for it)
+
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    print("ready", file=out, flush=True)
+    for line in sys.stdin:
+        g = compare(*json.loads(line))
+        print(json.dumps([g.correct, g.error]), file=out, flush=True)
+
+
+class GradePool:
+    """Grades many answers, in order. What `decide` cannot decide goes to worker processes, one comparison at a time each.
+
+    A worker that takes longer than `seconds` of wall clock, or dies, is replaced; its answer earns nothing and says why.
+    The workers start with the first answer that needs one, and end with this process.
+    """
+
+    def __init__(self, workers: int = WORKERS, seconds: float = WALL_SECONDS):
+        self.count, self.seconds, self.workers, self.known = workers, seconds, [], {}
+
+    def grade(self, pairs: list[tuple[str, str]]) -> list[Grade]:
+        """(text, answer) of each -> its Grade"""
+        decided = [decide(*pair) for pair in pairs]
+        hard = dict.fromkeys(d for d in decided if not isinstance(d, Grade) and d not in self.known)
+        found = self.compare_all(list(hard))
+        if len(self.known) > REMEMBERED:
+            self.known = {}
+        self.known |= {pair: g for pair, g in found.items() if not g.error}
+        return [d if isinstance(d, Grade) else found.get(d) or self.known[d] for d in decided]
+
+    def compare_all(self, todo):
+        busy, found = {}, {}  # worker -> (pair, when its time is up)
+        if todo and not self.workers:
+            self.workers = [start_worker() for _ in range(self.count)]
+            for worker in self.workers:
+                worker.stdout.readline()  # "ready"
+        while todo or busy:
+            for worker in [w for w in self.workers if w not in busy][: len(todo)]:
+                if worker.poll() is not None:  # it died while it had nothing to do
+                    worker = self.replace(worker)
+                worker.stdin.write(json.dumps(todo[-1]) + "\n")
+                worker.stdin.flush()
+                busy[worker] = todo.pop(), time.monotonic() + self.seconds
+            wait = max(0, min(end for _, end in busy.values()) - time.monotonic())
+            answered = select.select([worker.stdout for worker in busy], [], [], wait)[0]
+            for worker, (pair, end) in list(busy.items()):
+                line = worker.stdout.readline() if worker.stdout in answered else None
+                if line:
+                    found[pair] = Grade(*json.loads(line))
+                elif line == "" or time.monotonic() > end:
+                    found[pair] = Grade(False, "died" if line == "" else "timeout")
+                    self.replace(worker)
+                else:
+                    continue
+                del busy[worker]
+        return found
+
+    def replace(self, worker):
+        worker.kill()
+        worker.wait()
+        self.workers[self.workers.index(worker)] = new = start_worker()
+        new.stdout.readline()
+        return new
+
+    def close(self):
+        for worker in self.workers:
+            worker.kill()
+            worker.wait()
+        self.workers = []
+
+
+def start_worker():
+    env = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", "import rewards; rewards.serve()"]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    return subprocess.Popen(command, cwd=Path(__file__).parent, env=env, **pipes)
 
 
 def repeats(token_ids) -> bool:

@@ -51,7 +51,7 @@ METRICS = {  # every name that is logged, each once
     "shows; in bf16 at a small learning rate it takes many)",
     "reward/mean, std": "of all that was sampled, before dynamic sampling drops groups",
     "reward/solved_all, solved_none": "share of the sampled groups all right, all wrong",
-    "reward/grader_errors": "share of responses the grader could not compare",
+    "reward/grader_errors, grader_timeouts": "share of responses the grader could not compare; had no time to compare",
     "adv/std, max, zero": "of the advantages that are trained on; largest absolute value; share that is 0",
     "train/loss, grad_norm, lr": "mean over the mini-batches; the norm before it is cut; read from the optimizer after the last update",
     "train/entropy": "of the next token, nats, mean over trained tokens",

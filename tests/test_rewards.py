@@ -1,8 +1,16 @@
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rewards import REPEAT_SPAN, REPEATS, extract_answer, grade, math_reward, repeats
+import rewards
+from rewards import REPEAT_SPAN, REPEATS, GradePool, extract_answer, grade, math_reward, repeats
 
 
 @pytest.mark.parametrize(
@@ -136,6 +144,93 @@ def test_any_latex(text, answer):
 
 
 # ---------------------------------------------------------------------------------------------------------- repeats
+
+
+# ---------------------------------------------------------------------------------------------------------------- pool
+
+
+@pytest.fixture(scope="module")
+def pool():
+    pool = GradePool(workers=2)
+    yield pool
+    pool.close()
+
+
+def box(answer):
+    return rf"so \boxed{{{answer}}}"
+
+
+HARD = [(box(rf"\frac{{{i}}}{{7}}"), rf"{i}/7") for i in range(1, 40)]  # for math-verify: neither strings nor numbers
+
+
+def test_the_pool_keeps_the_order(pool):
+    pairs = [pair for i, pair in enumerate(HARD) for pair in (pair, (box("5"), str(5 + i % 2)), (box(r"\pi"), f"{i}"))]
+    grades = pool.grade(pairs)
+    assert [g.correct for g in grades] == [c for i in range(len(HARD)) for c in (True, i % 2 == 0, False)]
+    assert pool.grade([]) == []
+
+
+def test_the_pool_agrees_with_one_pair(pool):
+    pairs = [(box(r"2\sqrt{3}"), r"\sqrt{12}"), (box("2"), r"2\sqrt{3}"), ("no box", "5"), (box("1+x"), "x+1")]
+    assert pool.grade(pairs) == [grade(*pair) for pair in pairs]
+
+
+def test_what_was_compared_is_remembered(pool, monkeypatch):
+    pool.grade(HARD)
+    monkeypatch.setattr(rewards, "start_worker", lambda: pytest.fail("a worker was started"))
+    monkeypatch.setattr(pool, "workers", [])
+    before = time.monotonic()
+    assert all(g.correct for g in pool.grade([*HARD, *HARD][:39]))
+    assert time.monotonic() - before < 1
+
+
+def test_a_worker_that_dies_is_replaced(pool):
+    pool.grade([(box("x+1"), "1+x+0")])
+    os.kill(pool.workers[0].pid, signal.SIGSTOP)  # it never answers: a hang that no alarm within it can end
+    pool.seconds, before = 1.0, time.monotonic()
+    try:
+        grades = pool.grade([(box(rf"x+{i}"), f"{i}+x") for i in range(20)])
+    finally:
+        pool.seconds = rewards.WALL_SECONDS
+    assert [g.error for g in grades].count("timeout") == 1 and sum(g.correct for g in grades) == 19
+    assert time.monotonic() - before < 15  # one second, and a new worker's start
+
+    for worker in pool.workers:
+        os.kill(worker.pid, signal.SIGKILL)
+        worker.wait()
+    assert all(g.correct for g in pool.grade([(box(rf"y+{i}"), f"{i}+y") for i in range(20)]))
+
+
+def test_a_worker_that_dies_at_work_costs_one_answer(pool):
+    pool.grade([(box("v+1"), "1+v")])
+    worker = pool.workers[0]
+    os.kill(worker.pid, signal.SIGSTOP)  # so that it surely has its work when it dies
+    threading.Timer(0.5, os.kill, (worker.pid, signal.SIGKILL)).start()
+    grades = pool.grade([(box(rf"w+{i}"), f"{i}+w") for i in range(20)])
+    assert [g.error for g in grades].count("died") == 1 and sum(g.correct for g in grades) == 19
+
+
+def test_nothing_is_left_behind(tmp_path):
+    """The workers end with the process that started them, however it ends."""
+    code = "import os, rewards; p = rewards.GradePool(2); p.grade([(chr(92) + 'boxed{1+x}', 'x+1')]); "
+    code += "print(*[w.pid for w in p.workers], flush=True); os.kill(os.getpid(), 9)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=os.path.dirname(rewards.__file__)
+    )
+    pids = [int(pid) for pid in done.stdout.split()]
+    assert len(pids) == 2
+    deadline = time.monotonic() + 10
+    while any(os.path.exists(f"/proc/{pid}") and open(f"/proc/{pid}/stat").read().split()[2] != "Z" for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_a_hundred_right_answers_after_ten_hostile_ones(pool):
+    hostile = [rf"\binom{{10^{{{i}}}}}{{10^{{{i - 1}}}}}" for i in range(5, 10)] + [
+        rf"\sin(\cos(\sin({i}!!!)))" for i in range(5)
+    ]
+    grades = pool.grade([(box(h), r"\frac{1}{3}") for h in hostile] + HARD[:50] + [(box("7"), "7.0")] * 61)
+    assert not any(g.correct for g in grades[:10]) and all(g.correct for g in grades[10:])
 
 
 def test_repeats():

@@ -360,14 +360,16 @@ def test_dynamic_sampling_goes_on_with_what_it_has(mixed, norm, tmp_path, monkey
     """Three rounds of four groups find so many that are neither all right nor all wrong; the batch should have four."""
     graded, stepped = [], []
 
-    def grade(text, answer):
-        graded.append(text)
-        group, member = divmod(len(graded) - 1, 4)
-        return rewards.Grade(member == 0 and 1 <= group <= mixed)
+    def grade(self, pairs):
+        graded.extend(pairs)
+        places = [divmod(i, 4) for i in range(len(graded) - len(pairs), len(graded))]
+        return [rewards.Grade(member == 0 and 1 <= group <= mixed) for group, member in places]
 
     step = torch.optim.AdamW.step
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a, **k: (stepped.append(1), step(self, *a, **k))[1])
-    monkeypatch.setattr(dapo, "grade", grade)
+    monkeypatch.setattr(common, "evaluate", lambda engine, pool, log, step: graded.clear())
+    monkeypatch.setattr(common, "finish", lambda *_: None)
+    monkeypatch.setattr(rewards.GradePool, "grade", grade)
     flags = [*SMALL, "--steps", 1, "--max_resample", 2, "--overlong", "keep", "--norm", norm, "--out", tmp_path / "run"]
     row = run_main(monkeypatch, dapo, *flags)[0]
     assert row["rollout/spent"] == (48 if mixed < 4 else 32)
