@@ -2,6 +2,7 @@ r"""Text in, number out: what a response is worth. No torch, no model.
 
     extract_answer(text)        what stands in the last \boxed{...}
     math_reward(text, answer)   1.0 if that is equal to the answer, else 0.0
+    GradePool().grade(pairs)    the same for many, in processes that can be killed
     repeats(token_ids)          does a truncated response say the same thing over and over at its end?
 
 The answer of a problem is wrapped in a box before it is parsed: bare, `2\sqrt{3}` would be read as 2.
@@ -31,9 +32,7 @@ LONGEST_ANSWER = 600  # characters; longer boxes are no answers, and symbolic al
 DEEPEST_ANSWER = 12  # braces within braces; the parser's cost grows steeply with them
 BETWEEN = 40  # characters between two boxes of a list, at most
 WORKERS = 4  # processes that compare, for each process that trains
-WALL_SECONDS = (
-    5  # after that a worker is killed; its own alarms come first, except where the interpreter never gets to them
-)
+WALL_SECONDS = 5  # after that a worker is killed; its own alarms come first, where the interpreter gets to them
 MEMORY = 2 << 30  # bytes a worker may use
 REMEMBERED = 100_000  # comparisons
 SECONDS = 2  # for parsing, and again for comparing

@@ -19,14 +19,12 @@ import torch
 from conftest import ROOT, SCRIPTS, make_parser
 from test_bugs import PATCHES, head
 from test_structure import DIFFERENT, TABLES, definitions, source
-from test_trl import CASES
+from test_trl import CASES, MODULES
 
 import common
 import dapo
-import grpo
 import lite_ppo
 
-MODULES = dict(zip(SCRIPTS, [grpo, dapo, lite_ppo]))
 README = ROOT / "README.md"
 
 PAPERS = {

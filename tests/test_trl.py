@@ -92,8 +92,6 @@ def theirs(batch, folder, **settings):
         args=config, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer, rollout_func=rollout,
     )  # fmt: skip
     trainer.model.train()
-    if trainer.ref_model is not None:
-        trainer.ref_model.float()  # it was loaded in the checkpoint's bf16
     trainer.current_gradient_accumulation_steps = 1  # train() would set it
     inputs = trainer._generate_and_score_completions(rows)
     with torch.no_grad():
@@ -111,7 +109,7 @@ def ours(batch, policy_loss=None, bias_correction=False, **settings):
     script = MODULES[settings.get("script", "grpo")]
     stated = {k: v[0] for k, v in script.DEFAULTS.items() if k in DEFAULTS or k == "kl_estimator"}
     a = DEFAULTS | (stated if "script" in settings else {}) | settings
-    policy, ref_model = common.Policy(shaken_packed()), load_policy()
+    policy, ref_model = shaken_policy(), load_policy()
     adv = script.advantages(torch.tensor(REWARDS), a["norm"]).flatten()
     lengths = torch.tensor([float(len(r.ids)) for r in batch])
     if a.get("overlong") == "filter":
@@ -134,10 +132,10 @@ def ours(batch, policy_loss=None, bias_correction=False, **settings):
     return adv, total, {n: p.grad for n, p in policy.lm.named_parameters()}
 
 
-def shaken_packed():
+def shaken_policy():
     policy = load_policy()
     policy.lm.load_state_dict(shaken_model().state_dict())
-    return policy.lm
+    return policy
 
 
 def assert_same(got, want):
