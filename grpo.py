@@ -27,6 +27,8 @@ DEFAULTS = {  # flag: (laptop, node). Node is the paper. What it leaves open is 
     "kl_estimator": ("k3", "k3"),  # equation 4
     "wrong_reward": (0, 0),  # open: the paper has a reward model. The group's std undoes any scale
     "model": ("data/tiny/base", "Qwen/Qwen3-4B-Base"),  # the study's; the paper: DeepSeekMath-Instruct 7B
+    "template": ("chat", "chat"),  # the study's
+    "enable_thinking": ("on", "on"),  # the models' own default
     "data": ("hard", "easy"),  # GSM8K and the easiest of MATH; the paper: its own instructions on GSM8K and MATH
     "eval_data": (
         "eval_easy,eval_medium,eval_hard,eval_plus,eval_minus,eval_long",
@@ -44,13 +46,18 @@ DEFAULTS = {  # flag: (laptop, node). Node is the paper. What it leaves open is 
     "temperature": (1.0, 1.0),  # open
     "top_p": (1.0, 1.0),  # open
     "top_k": (0, 0),  # open
-    "max_prompt_len": (64, 1024),  # open
+    "max_prompt_len": (64, 2048),  # open; room for every problem
     "max_response_len": (128, 1024),  # section 4.2
     "tokens_per_gpu": (4096, 32768),
     "vllm_memory": (0.3, 0.5),
     "seed": (1, 42),  # the study's
     "eval_every": (40, 20),  # open
     "eval_samples": (1, 8),  # the study's
+    "eval_pass_k": (0, 0),  # as many as are sampled
+    "eval_temperature": (1.0, 0.99),  # the study's, as its training
+    "eval_top_p": (1.0, 0.99),  # as the temperature
+    "eval_top_k": (0, 100),  # as the temperature
+    "eval_max_response_len": (128, 8192),  # the study's
     "save_every": (20, 20),  # the study's
 }
 

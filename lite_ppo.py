@@ -23,6 +23,8 @@ DEFAULTS = {  # flag: (laptop, node). Node is the paper: sections 3.1 and 4 and 
     "overlong": ("keep", "keep"),  # section 5: no overlong filter
     "wrong_reward": (0, 0),  # section 3.1; -1 is figure 18
     "model": ("data/tiny/base", "Qwen/Qwen3-4B-Base"),  # section 3.1
+    "template": ("chat", "chat"),  # appendix A.2
+    "enable_thinking": ("on", "on"),  # not stated; the models' own default
     "data": ("hard", "hard"),  # figure 15
     "eval_data": (
         "eval_easy,eval_medium,eval_hard,eval_plus,eval_minus,eval_long",
@@ -40,13 +42,18 @@ DEFAULTS = {  # flag: (laptop, node). Node is the paper: sections 3.1 and 4 and 
     "temperature": (1.0, 0.99),  # section 3.1
     "top_p": (1.0, 0.99),  # section 3.1
     "top_k": (0, 100),  # section 3.1
-    "max_prompt_len": (64, 1024),  # appendix A.1
+    "max_prompt_len": (64, 2048),  # appendix A.1 says 1024; two problems of OlympiadBench are longer
     "max_response_len": (128, 8192),  # section 3.1 (appendix A.1 says 8000)
     "tokens_per_gpu": (4096, 32768),
     "vllm_memory": (0.3, 0.5),
     "seed": (1, 42),  # appendix A.1
     "eval_every": (40, 20),  # the paper evaluates every step
     "eval_samples": (1, 8),  # not stated; 8 fits the paper's numbers
+    "eval_pass_k": (0, 0),  # as many as are sampled
+    "eval_temperature": (1.0, 0.99),  # not stated; as in training, so that the curve is of what is trained
+    "eval_top_p": (1.0, 0.99),  # as the temperature
+    "eval_top_k": (0, 100),  # as the temperature
+    "eval_max_response_len": (128, 8192),  # as in training
     "save_every": (20, 20),  # appendix A.1
 }
 

@@ -8,12 +8,15 @@ r"""Text in, number out: what a response is worth. No torch, no model.
 The answer of a problem is wrapped in a box before it is parsed: bare, `2\sqrt{3}` would be read as 2.
 """
 
+import contextlib
 import json
 import logging
+import math
 import os
 import re
 import resource
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -32,10 +35,10 @@ LONGEST_ANSWER = 600  # characters; longer boxes are no answers, and symbolic al
 DEEPEST_ANSWER = 12  # braces within braces; the parser's cost grows steeply with them
 BETWEEN = 40  # characters between two boxes of a list, at most
 WORKERS = 4  # processes that compare, for each process that trains
-WALL_SECONDS = 5  # after that a worker is killed; its own alarms come first, where the interpreter gets to them
+SECONDS = 2  # to parse and compare one answer
+WALL_SECONDS = 2.4  # after that a worker is killed; its own alarm comes first, where the interpreter gets to it
 MEMORY = 2 << 30  # bytes a worker may use
 REMEMBERED = 100_000  # comparisons
-SECONDS = 2  # for parsing, and again for comparing
 
 REPEATS = 3  # a block said three times in a row is a loop; twice can be emphasis
 REPEAT_SPAN = 24  # tokens the loop must fill: three short sentences. Repeated digits and dots are shorter than that
@@ -80,10 +83,15 @@ def extract_answer(text: str) -> str | None:
 SAME = {  # the same mark in other letters, and marks that say nothing
     "−": "-", "×": r"\times ", "·": r"\cdot ", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "∪": r"\cup ",
     "°": r"^\circ ", r"\degree": r"^\circ ", "∅": r"\emptyset ", r"\varnothing": r"\emptyset ",
-    r"\displaystyle": "", r"\text{\$}": "", r"\$": "",
+    r"\displaystyle": "", r"\text{\$}": "", r"\$": "", r"\dfrac": r"\frac", r"\tfrac": r"\frac",
+    r"\mbox": r"\text", r"\textbf": r"\text", r"\textrm": r"\text", r"\textnormal": r"\text",
 }  # fmt: skip
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)"
 SYMBOL = r"(?:\\?[a-zA-Z]+|\\math\w+\{\w+\})(?:_\{?[\\\w]+\}?|\(\w\))?"  # x, \theta, \mathbf{M}, I_{\max}, f(x)
+
+
+NO_LETTERS = r"\\(?:text|mathrm|mathbb|operatorname|begin|end)\*?\{[^}]*\}(?:\{[|lcr]*\})?|\\[a-zA-Z]+"
+SCALED = r"(?:[-+*/\d}]|\\cdot|\\times)\(+(?=[^()]*,)|(?<=,)[^(),]*\)+\^"  # a sign, factor or power at a tuple: -(1,2), (1,2)^2
 
 
 def normalise(answer: str) -> str:
@@ -91,13 +99,18 @@ def normalise(answer: str) -> str:
     sizes of brackets, a full stop at the end, marks between thousands, percent in words, 4.5e33 for 4.5 x 10^33."""
     for mark, other in SAME.items():
         answer = answer.replace(mark, other)
-    answer = re.sub(r"\\[bB]igg?[lrm]?(?![a-zA-Z])", "", answer)
+    answer = re.sub(r"\\(?:[bB]igg?[lrm]?|(?:left|right)(?=\s*[()\[\]|\\]))(?![a-zA-Z])", "", answer)
     answer = re.sub(r"√\{?(\w+)\}?", r"\\sqrt{\1}", answer)
     answer = re.sub(r"\s*(percentage|percent)\b", r"\\%", answer)
-    answer = re.sub(r"\\[!,;: ]|\{,\}", lambda m: "," if m[0] == "{,}" else " ", answer.replace("$", ""))
+    answer = re.sub(r"(?<!\\)\\[!,;: ]|\{,\}", lambda m: "," if m[0] == "{,}" else " ", answer.replace("$", ""))
     answer = re.sub(r"(?<=\d)\s(?=\d{3}(?!\d))", "", answer)  # 15 400
     answer = re.sub(r"(\\[a-zA-Z]+|\d)?\s+(?=(\w)?)", keep_apart, answer).rstrip(".")
     answer = re.sub(rf"(?<![\w.])({NUMBER})[eE]([+-]?\d+)(?!\w)", r"\1\\times10^{\2}", answer, flags=re.ASCII)
+    answer = re.sub(r"([_^])\{(\w)\}", r"\1\2", answer)
+    whole = re.fullmatch(r"(?:\\text|\\mathrm)?\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}", answer)
+    answer = whole[1].strip() if whole else answer
+    if re.fullmatch(r"[a-zA-Z]{2,}", answer):  # a word, such as Yes
+        return answer.lower()
     return answer.replace(",", "") if re.fullmatch(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?", answer, re.ASCII) else answer
 
 
@@ -121,20 +134,23 @@ def without_unit(answer: str, other: str) -> str:
 
 def right_side(answer: str, other: str) -> str:
     """What x is, where `answer` says "x = ..." and `other` names no letter, or the same."""
-    m, n = (re.fullmatch(rf"({SYMBOL})=([^=<>]+)", side) for side in (answer, other))
+    m, n = (re.fullmatch(rf"({SYMBOL})(?:=|\\approx)([^=<>]+)", side) for side in (answer, other))
     return m[2] if m and (n[1] == m[1] if n else "=" not in other) else answer
 
 
 def nonsense(ours: str, theirs: str) -> bool:
-    """What symbolic algebra would let pass: 41 = 42, a base nobody asked for, a computation left to the grader, --5."""
-    sides = {value(side) for side in ours.split("=")}
-    base = re.fullmatch(r"\w+_\{?\d+\}?", ours, re.ASCII)
+    """What symbolic algebra would let pass: 41 = 42, a base nobody asked for, a computation left to the grader, --5, -(1,2)
+    for (1,2), (0,\\infty] for (0,\\infty)."""
+    sides = {value(side.replace(r"\%", r"\times10^{-2}")) for side in ours.split("=")}
+    base = re.fullmatch(r"[+-]?\w+_\{?\d+\}?", ours, re.ASCII)
     work = [name for name in (r"\int", r"\sum", r"\prod", r"\lim") if name in ours and name not in theirs]
     return (
         ("=" in ours and None not in sides and len(sides) > 1)
         or (base is not None and re.sub("[{}]", "", ours) != re.sub("[{}]", "", theirs))
         or bool(work)
         or re.search(r"[+-]{2}", ours) is not None
+        or re.findall(SCALED, ours) != re.findall(SCALED, theirs)
+        or (r"\infty]" in ours and r"\infty]" not in theirs)
     )
 
 
@@ -147,8 +163,21 @@ def too_hard(answer: str) -> bool:
     return (
         len(answer) > LONGEST_ANSWER
         or deepest > DEEPEST_ANSWER
-        or re.search(r"\d{60}|\*\*|\^\{?-?\d{5}|\^[^+\-=,]*\^|\d{3}!|!\)?!", answer) is not None
+        or re.search(r"\d{60}|\*\*|\^\{?-?\d{5}|\^\w\^|\d{3}!|!\)?!", answer) is not None
+        or any(re.search(r"\d[)}]*\^[({]*\d", exponent) for exponent in exponents(answer))  # a power in an exponent
     )
+
+
+def exponents(answer: str) -> list[str]:
+    """What stands in brackets after each ^"""
+    found = []
+    for m in re.finditer(r"\^\s*[{(]", answer):
+        depth, end = 1, m.end()
+        while depth and end < len(answer):
+            depth += (answer[end] in "{(") - (answer[end] in "})")
+            end += 1
+        found.append(answer[m.end() : end])
+    return found
 
 
 def decide(text: str, answer: str) -> Grade | tuple[str, str]:
@@ -156,8 +185,8 @@ def decide(text: str, answer: str) -> Grade | tuple[str, str]:
     boxed = extract_answer(text)
     if boxed is None or boxed == "":
         return Grade(False)
-    if len(boxed) > LONGEST_ANSWER and boxed != answer:
-        return Grade(False)
+    if max(len(boxed), len(answer)) > LONGEST_ANSWER:
+        return Grade(boxed == answer)
     ours, theirs = normalise(boxed), normalise(answer)
     ours, theirs = right_side(ours, theirs), right_side(theirs, ours)
     ours, theirs = without_unit(ours, theirs), without_unit(theirs, ours)
@@ -183,14 +212,46 @@ def compare(answer: str, boxed: str) -> Grade:
     from math_verify import parse, verify  # 1 s to import, and only needed for answers that are no plain numbers
     from math_verify.errors import TimeoutException  # no Exception: `except Exception` would let it through
 
+    def time_is_up(*_):
+        raise TimeoutException
+
     try:
-        gold, given = (parse(rf"\boxed{{{a}}}", parsing_timeout=SECONDS, raise_on_error=True) for a in (answer, boxed))
-        equal = verify(gold, given, timeout_seconds=SECONDS, raise_on_error=True)
-        return Grade(bool(equal) and not (gold and given and far_apart(gold[0], given[0])))
+        before = signal.signal(signal.SIGALRM, time_is_up)
+        signal.setitimer(signal.ITIMER_REAL, SECONDS, 0.5)  # and again and again: the algebra may swallow one
+        try:
+            gold, given = (parse(rf"\boxed{{{a}}}", parsing_timeout=None, raise_on_error=True) for a in (answer, boxed))
+            equal = (
+                gold
+                and given
+                and understood(answer, gold[0])
+                and understood(boxed, given[0], unit=True)
+                and verify(gold, given, timeout_seconds=None, raise_on_error=True)
+                and not far_apart(gold[0], given[0])
+            )
+            return Grade(bool(equal))
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
     except TimeoutException:
         return Grade(False, "timeout")
     except Exception as error:  # whatever the parser or the algebra stumbles over; counted by the caller
         return Grade(False, type(error).__name__)
+
+
+def understood(answer, parsed, unit=False) -> bool:
+    r"""Does what was parsed hold every letter of the answer? Of 2ab and \gcd(n, p-1) math-verify sees 2 and 1. With `unit`,
+    letters after a number may be lost. And what it leaves a string, `decide` has compared as one."""
+    from sympy import Symbol
+    from sympy.core.function import AppliedUndef
+
+    if isinstance(parsed, str):
+        return False
+    answer = re.sub(NO_LETTERS, " ", answer).lower()
+    seen = "".join(map(str, parsed.atoms(Symbol, AppliedUndef))).lower() if hasattr(parsed, "atoms") else ""
+    lost = set(re.findall(r"[a-cf-hj-z]|[dei](?=_)", answer)) - set(
+        seen
+    )  # d/dx, and the constants e and i, are no letters
+    return not lost or (unit and re.fullmatch(r"[^a-z]*\d\}?[a-z^/\d]*", answer) is not None)
 
 
 def far_apart(a, b) -> bool:
@@ -207,14 +268,15 @@ def math_reward(text: str, answer: str) -> float:
 
 def serve():
     """What a worker of the pool runs: a line of JSON in, a line out, until its input ends with the process that reads it."""
-    out, sys.stdout = sys.stdout, sys.stderr  # whatever a library may print
+    out = os.dup(1)
+    os.dup2(2, 1)  # whatever a library may print
     import math_verify  # noqa: F401  (so that the first answer does not wait for it)
 
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    print("ready", file=out, flush=True)
+    os.write(out, b"ready\n")
     for line in sys.stdin:
         g = compare(*json.loads(line))
-        print(json.dumps([g.correct, g.error]), file=out, flush=True)
+        os.write(out, json.dumps([g.correct, g.error]).encode() + b"\n")
 
 
 class GradePool:
@@ -225,7 +287,8 @@ class GradePool:
     """
 
     def __init__(self, workers: int = WORKERS, seconds: float = WALL_SECONDS):
-        self.count, self.seconds, self.workers, self.known = workers, seconds, [], {}
+        self.count, self.seconds, self.known = workers, seconds, {}
+        self.workers, self.starting = [], set()  # those that start may be given work, but their time does not run yet
 
     def grade(self, pairs: list[tuple[str, str]]) -> list[Grade]:
         """(text, answer) of each -> its Grade"""
@@ -239,49 +302,55 @@ class GradePool:
 
     def compare_all(self, todo):
         busy, found = {}, {}  # worker -> (pair, when its time is up)
-        if todo and not self.workers:
-            self.workers = [start_worker() for _ in range(self.count)]
-            for worker in self.workers:
-                worker.stdout.readline()  # "ready"
+        for worker in [w for w in self.workers if w.poll() is not None]:  # died while it had nothing to do
+            self.replace(worker)
+        while todo and len(self.workers) < self.count:
+            self.start()
         while todo or busy:
             for worker in [w for w in self.workers if w not in busy][: len(todo)]:
-                if worker.poll() is not None:  # it died while it had nothing to do
-                    worker = self.replace(worker)
-                worker.stdin.write(json.dumps(todo[-1]) + "\n")
-                worker.stdin.flush()
-                busy[worker] = todo.pop(), time.monotonic() + self.seconds
-            wait = max(0, min(end for _, end in busy.values()) - time.monotonic())
-            answered = select.select([worker.stdout for worker in busy], [], [], wait)[0]
+                pair = todo.pop()
+                with contextlib.suppress(BrokenPipeError):  # it dies just now: what is read below will say so
+                    worker.stdin.write(json.dumps(pair).encode() + b"\n")
+                busy[worker] = pair, math.inf if worker in self.starting else time.monotonic() + self.seconds
+            wait = min(end for _, end in busy.values()) - time.monotonic()
+            heard = select.select([w.stdout for w in busy], [], [], None if wait == math.inf else max(0, wait))[0]
             for worker, (pair, end) in list(busy.items()):
-                line = worker.stdout.readline() if worker.stdout in answered else None
-                if line:
-                    found[pair] = Grade(*json.loads(line))
-                elif line == "" or time.monotonic() > end:
-                    found[pair] = Grade(False, "died" if line == "" else "timeout")
+                said = os.read(worker.stdout.fileno(), 4096) if worker.stdout in heard else None
+                for line in (said or b"").splitlines():  # a worker writes whole lines
+                    if line == b"ready":
+                        self.starting.discard(worker)
+                        busy[worker] = pair, time.monotonic() + self.seconds
+                    else:
+                        found[pair] = Grade(*json.loads(line))
+                if said == b"" or (said is None and time.monotonic() > end):
+                    found[pair] = Grade(False, "died" if said == b"" else "timeout")
                     self.replace(worker)
-                else:
-                    continue
-                del busy[worker]
+                if pair in found:
+                    del busy[worker]
         return found
 
+    def start(self):
+        self.workers.append(start_worker())
+        self.starting.add(self.workers[-1])
+
     def replace(self, worker):
+        self.workers.remove(worker)
+        self.starting.discard(worker)
         worker.kill()
         worker.wait()
-        self.workers[self.workers.index(worker)] = new = start_worker()
-        new.stdout.readline()
-        return new
+        self.start()
 
     def close(self):
         for worker in self.workers:
             worker.kill()
             worker.wait()
-        self.workers = []
+        self.workers, self.starting = [], set()
 
 
 def start_worker():
     env = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-c", "import rewards; rewards.serve()"]
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0)
     return subprocess.Popen(command, cwd=Path(__file__).parent, env=env, **pipes)
 
 

@@ -56,7 +56,7 @@ def make_batch(count=12, seed=0, longest=60):
 
 def engine_args(**changes):
     settings = dict(model=BASE, temperature=1.0, top_p=1.0, top_k=0, max_prompt_len=64, max_response_len=64, seed=1)
-    return Namespace(**(settings | dict(vllm_memory=0.3) | changes))
+    return Namespace(**(settings | dict(eval_max_response_len=64, vllm_memory=0.3) | changes))
 
 
 def run_main(monkeypatch, script, *flags):

@@ -68,6 +68,14 @@ def refused(monkeypatch, capsys, tmp_path):
         ("--eval_every", "0"),
         ("--save_every", "0"),
         ("--eval_samples", "0"),
+        ("--eval_pass_k", "2"),  # of one sample
+        ("--eval_temperature", "0"),
+        ("--eval_top_p", "0"),
+        ("--eval_top_k", "-1"),
+        ("--eval_max_response_len", "0"),
+        ("--template", "none"),
+        ("--enable_thinking", "no"),
+        ("--enable_thinking", "off"),  # the template knows no such switch
         ("--group_size", "1"),  # with a group norm
         ("--minibatches", "7"),  # 128 responses
         ("--tokens_per_gpu", "100"),  # the longest sequence has 192

@@ -36,10 +36,10 @@ def shaken(seed, size=0.3):
     return policy
 
 
-def generate(engine, policy, n=8, problems=None, step=0):
+def generate(engine, policy, n=8, problems=None, step=0, sampling=None):
     engine.wake()
     engine.load(policy)
-    batch = engine.generate(problems or make_problems(engine.tokenizer), n, step)
+    batch = engine.generate(problems or make_problems(engine.tokenizer), n, step, sampling)
     engine.sleep()
     return batch
 
@@ -84,24 +84,22 @@ def test_the_prefix_cache_does_not_survive_a_load(engine):
 
 def test_temperature(engine):
     policy = load_policy()
-    engine.args.temperature = 0.6
-    try:
-        batch = generate(engine, policy)
-    finally:
-        engine.args.temperature = 1.0
+    batch = generate(engine, policy, sampling=common.Sampling(0.6, 1.0, 0, 64))
     assert gap(policy, batch, 0.6).abs().max() < 1e-4
     assert gap(policy, batch, 1.0).abs().mean() > 1e-3
 
 
 def test_top_k_and_top_p(engine):
     policy = shaken(6, 1.0)
-    engine.args.top_k, engine.args.top_p = 3, 0.8
-    try:
-        batch = generate(engine, policy)
-    finally:
-        engine.args.top_k, engine.args.top_p = 0, 1.0
+    batch = generate(engine, policy, sampling=common.Sampling(1.0, 0.8, 3, 64))
     assert gap(policy, batch).max() < 1e-4  # never likelier to the trainer: the engine shares out what was cut off
     assert gap(policy, batch).mean() < -0.1
+
+
+def test_greedy_and_length(engine):
+    batch = generate(engine, shaken(6, 1.0), sampling=common.Sampling(1.0, 1.0, 1, 20))
+    assert all(r.engine_logp.abs().max() < 1e-6 and len(r.ids) <= 20 for r in batch)
+    assert all(len({tuple(ids) for ids in tokens(batch)[8 * i : 8 * i + 8]}) == 1 for i in range(4))
 
 
 def tokens(batch):

@@ -16,7 +16,7 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]  
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, make_parser
+from conftest import ROOT, SCRIPTS, load_module, make_parser
 from test_bugs import PATCHES, head
 from test_structure import DIFFERENT, TABLES, definitions, source
 from test_trl import CASES, MODULES
@@ -55,7 +55,9 @@ METRICS = {  # every name that is logged, each once
     "train/entropy": "of the next token, nats, mean over trained tokens",
     "train/kl": "to the first policy, by `--kl_estimator`, mean over trained tokens; only with `--kl_coef` above 0",
     "train/clip_low, clip_high, ratio_max": "share of tokens whose gradient the lower, upper bound cuts; largest ratio",
-    "eval/SET/accuracy, response_len, truncated": "mean over problems and `--eval_samples` responses; `eval/mean` is the plain mean of the sets",
+    "eval/SET/accuracy, accuracy_se": "avg@n, n = `--eval_samples`; its standard error, were the problems drawn from more of the kind. `eval/mean`: the plain mean of the sets",
+    "eval/SET/pass@K, pass@K_se": "is one of K = `--eval_pass_k` responses right? Unbiased, from n",
+    "eval/SET/response_len, truncated, grader_errors": "mean over problems and responses",
     "time/save, wake, sync, eval, generate, reward, old_logp, update, step": "seconds in each phase; save is the one after the "
     "step before; step is their sum",
     "perf/generate_tokens_per_s, train_tokens_per_s": "response tokens sampled, and trained on, over the time of that phase",
@@ -224,13 +226,31 @@ def names(script):
             text = f"time/{text.value}" if getattr(getattr(node, "func", None), "attr", "") == "lap" else text.value
         if isinstance(text, str) and re.fullmatch(r"(rollout|reward|adv|train|eval|time|perf)/[\w/]+", text):
             found.add(text)
-    return found - {"time/SET", "eval/mean/accuracy"}
+    if "eval/SET/SET" in found:  # what `summary` finds of a set
+        sample = {"correct": True, "tokens": 1, "truncated": False, "error": ""}
+        found |= {f"eval/SET/{metric.replace('@1', '@K')}" for metric in common.summary([sample] * 2, 1, 1)}
+    return found - {"time/SET", "eval/mean/accuracy", "eval/SET/SET", "eval/SET/SET_se"}
 
 
 def agreement():
     rows = ["| ours | TRL 1.16's GRPOConfig |", "|---|---|"]
     for ours, theirs in CASES:
         rows.append("| {} | {} |".format(*(ticks(f"{k}={v}" for k, v in s.items()) for s in (ours, theirs))))
+    return rows
+
+
+def data():
+    prepare, rows = load_module(ROOT / "data" / "prepare.py"), ["| set | problems | from | |", "|---|---|---|---|"]
+    chosen = {
+        "easy": "uniformly; as a stand-in for `--from`: gsm8k_train and level 1 of math_train",
+        "medium": "the easiest by `difficulty`",
+        "hard": "with probability proportional to `difficulty`",
+        "dapo": "all",
+    }
+    for name in [*prepare.EVAL, *prepare.TIERS]:
+        hub = prepare.SOURCES[prepare.TIERS.get(name, [name])[0]][0]
+        link = f"[{hub}](https://huggingface.co/datasets/{hub})"
+        rows.append(f"| `{name}` | {prepare.EXPECTED[name][0]:,} | {link} | {chosen.get(name, 'evaluation: all')} |")
     return rows
 
 
@@ -254,6 +274,7 @@ SECTIONS = {
     "differences": differences,
     "tricks": tricks,
     "shared": shared,
+    "data": data,
     "constants": constants,
     "metrics": metrics,
     "agreement": agreement,

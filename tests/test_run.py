@@ -89,20 +89,8 @@ def test_the_node_column_runs_too(script, warmup, tmp_path, monkeypatch):
     """The paper's sampling and mini-batches, on the small model and small numbers: the same script at the other scale."""
     data = ROOT / "data" / "tiny"
     flags = ["--scale", "node", "--model", BASE, "--data", data / "easy.jsonl", "--eval_data", data / "eval_easy.jsonl"]
-    small = [
-        "--steps",
-        2,
-        "--prompts_per_step",
-        8,
-        "--group_size",
-        8,
-        "--max_prompt_len",
-        64,
-        "--max_response_len",
-        40,
-        "--eval_samples",
-        1,
-    ]
+    small = ["--steps", 2, "--prompts_per_step", 8, "--group_size", 8, "--max_prompt_len", 64, "--eval_samples", 1]
+    small += ["--max_response_len", 40, "--eval_max_response_len", 40]
     small += ["--overlong_buffer", 8] if script is dapo else []
     rows = run_main(monkeypatch, script, *flags, *small, "--tokens_per_gpu", 512, "--out", tmp_path / "run")
     assert [row["train/lr"] for row in rows[:2]] == pytest.approx([1e-6 / warmup, 1e-6 * min(1, 2 / warmup)])
@@ -334,8 +322,8 @@ def test_filter_leaves_none_or_one(survivors, tmp_path, monkeypatch):
     """With none, nothing moves; with one, the mini-batches without it do not move anything."""
     generate, stepped = common.Engine.generate, []
 
-    def cut(self, problems, n, step):
-        batch = generate(self, problems, n, step)
+    def cut(self, problems, n, *how):
+        batch = generate(self, problems, n, *how)
         for i, response in enumerate(batch):
             response.truncated = i >= survivors
         return batch

@@ -133,8 +133,8 @@ def test_two_rollouts_by_hand(script, settings, tmp_path, monkeypatch):
 
     generate, rollouts, parsed = common.Engine.generate, {}, []
 
-    def listen(engine, problems, n, step):
-        batch = generate(engine, problems, n, step)
+    def listen(engine, problems, n, step, *how):
+        batch = generate(engine, problems, n, step, *how)
         if step != "eval":
             rollouts.setdefault(step[0] if isinstance(step, tuple) else step, []).extend(batch)
         return batch
