@@ -415,6 +415,7 @@ class VllmEngine(Engine):
             vllm._custom_ops._supports_onednn = False  # else layers keep packed copies, and `load` misses a tied head
         from vllm import LLM
 
+        longest = args.max_prompt_len + max(args.max_response_len, args.eval_max_response_len)
         with own_rng():  # LLM() seeds python's, numpy's and torch's generators, alike on every process
             self.llm = LLM(
                 base_of(args.model),
@@ -424,9 +425,10 @@ class VllmEngine(Engine):
                 enable_sleep_mode=cuda,
                 enforce_eager=not cuda,  # CUDA graphs on a GPU; no half minute of compiling on a CPU
                 gpu_memory_utilization=args.vllm_memory,
-                max_model_len=args.max_prompt_len + max(args.max_response_len, args.eval_max_response_len),
+                max_model_len=longest,
                 max_num_seqs=128,
-                max_num_batched_tokens=8192,
+                max_num_batched_tokens=8192 if cuda else max(8192, longest),
+                enable_chunked_prefill=cuda,  # on a CPU vLLM cannot put back the seed of a prompt it has read in part
                 logprobs_mode="processed_logprobs",  # after temperature, top-k and top-p
                 hf_overrides={"head_dtype": "float32"},  # as in the trainer
                 generation_config="vllm",  # sampling as we say, not as the checkpoint says
@@ -666,6 +668,7 @@ def start(args):
     import transformers
 
     cuda = torch.cuda.is_available()
+    check_room(args)
     tokenizer = load_tokenizer(args)
     prompts = args.max_prompt_len, args.template, args.enable_thinking
     problems = Problems(load_problems(data_file(args, args.data), tokenizer, *prompts) if args.steps else [], args.seed)
@@ -706,6 +709,17 @@ def start(args):
     return accelerator, model, optimizer, engine, problems, Log(args, first_step, eval_problems)
 
 
+def check_room(args):
+    from transformers import AutoConfig
+
+    room = AutoConfig.from_pretrained(base_of(args.model)).get_text_config().max_position_embeddings
+    longest = args.max_prompt_len + max(args.max_response_len, args.eval_max_response_len)
+    if longest > room:
+        fail(
+            f"--max_prompt_len {args.max_prompt_len}: with the longest response {longest} tokens, and {args.model} has {room}"
+        )
+
+
 def load_tokenizer(args):
     from transformers import AutoTokenizer
 
@@ -727,6 +741,7 @@ def start_engine(args):
     import accelerate
 
     accelerate.PartialState(cpu=not torch.cuda.is_available())  # the process group, if there are several
+    check_room(args)
     use_cores()
     register_attention()
     engine = make_engine(args, load_tokenizer(args))

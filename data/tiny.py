@@ -193,7 +193,7 @@ def make_tokenizer():
         additional_special_tokens=["<|user|>", "<|assistant|>"],
         chat_template=TEMPLATE,
         clean_up_tokenization_spaces=False,
-        model_max_length=512,
+        model_max_length=2048,
     )
 
 
@@ -214,7 +214,7 @@ def make_model(tokenizer):
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,
-        max_position_embeddings=512,
+        max_position_embeddings=2048,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,

@@ -84,6 +84,7 @@ def refused(monkeypatch, capsys, tmp_path):
         ("--data", "no_such_set"),
         ("--eval_data", "eval_easy,no_such_set"),
         ("--max_prompt_len", "5"),
+        ("--max_prompt_len", "2000"),  # with 128 more than the model's positions
     ],
 )
 def test_flag(refused, flag, value):

@@ -82,6 +82,17 @@ def test_the_prefix_cache_does_not_survive_a_load(engine):
     engine.sleep()
 
 
+def test_more_prompt_tokens_than_one_pass_takes(engine):
+    """9,000 tokens of prompts, so that vLLM, which takes 8,192 at a time, has to leave some for later."""
+    policy, sums = shaken(5), [" + ".join([str(i)] + ["7"] * 145) for i in range(30)]
+    problems = make_problems(engine.tokenizer, [f"what is {s}?" for s in sums])
+    for i, problem in enumerate(problems):
+        problem["id"] = f"long{i}"
+    assert 8192 < sum(len(p["prompt_ids"]) for p in problems)
+    batch = generate(engine, policy, n=1, problems=problems, sampling=common.Sampling(1.0, 1.0, 0, 20))
+    assert len(batch) == 30 and gap(policy, batch).abs().max() < 1e-4
+
+
 def test_temperature(engine):
     policy = load_policy()
     batch = generate(engine, policy, sampling=common.Sampling(0.6, 1.0, 0, 64))
