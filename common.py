@@ -105,6 +105,7 @@ FLAGS = {  # the flags all scripts share; their defaults stand in the script
     "warmup_steps": (number(int, 0), "rollouts over which the learning rate rises from 0"),
     "lora_rank": (number(int, 0), "train low-rank adapters of all linear layers; 0: train all weights"),
     "weight_decay": (number(float, 0), "of AdamW, times the learning rate"),
+    "old_logp": (["recompute", "rollout"], "of the ratio: computed again before the first update, or the engine's own"),
     "max_grad_norm": (SIZE, "a larger gradient is scaled down to this norm"),
     "temperature": (SIZE, "of sampling, and of the log-probabilities that are trained"),
     "top_p": (SHARE, "sample from the likeliest tokens of this total probability; 1: from all"),
@@ -193,6 +194,8 @@ def check(args):
         (minibatch % world(), f"{size}: a mini-batch of {minibatch} is not divisible by {world()} processes; change one"),
         (args.tokens_per_gpu < longest,
          f"--tokens_per_gpu {args.tokens_per_gpu}: give at least --max_prompt_len + --max_response_len = {longest}"),
+        (args.old_logp == "rollout" and (args.top_p < 1 or args.top_k > 0),
+         "--old_logp rollout: is for --top_p 1 --top_k 0, where the engine's probabilities are the policy's; or recompute"),
         (args.eval_pass_k > args.eval_samples,
          f"--eval_pass_k {args.eval_pass_k}: needs as many --eval_samples, not {args.eval_samples}; change one of them"),
         *model_mistakes(args),
@@ -536,7 +539,7 @@ class Pack:
 
     ids, positions (S,): prompts and responses. select (T,): where in S the hidden state stands that predicts a trained
     token; labels (T,): the token; rows (T,): its response, an index into the batch; engine_logp (T,): its
-    log-probability when it was sampled; old_logp (T,): the same by the trainer, set before the first update.
+    log-probability when it was sampled; old_logp (T,): the same, or what the trainer sets before the first update.
     """
 
     def __init__(self, batch, rows):
@@ -553,20 +556,23 @@ class Pack:
         self.select, self.labels = trained - 1, self.ids[trained]
         self.rows = torch.tensor(rows, dtype=torch.long).repeat_interleave(counts).to(device())
         self.engine_logp = torch.cat([torch.zeros(0), *(batch[i].engine_logp for i in rows)]).to(device())
+        self.old_logp = self.engine_logp
 
 
-def minibatches(batch, trained, count, tokens_per_gpu):
+def minibatches(batch, counted, learned, count, tokens_per_gpu):
     """-> for each of `count` optimizer steps the packs of this process, equally many on every process.
 
-    trained (N,) bool: a response that is False is left out. Mini-batches are stretches of the batch like torch's
-    tensor_split. Within one, responses go to processes by cost, the dearest first to the least loaded, and into the first
-    pack with room. Every process works out the whole plan, from the lengths. A mini-batch without a response has no packs.
+    counted, learned (N,) bool: what is in the loss; what of it has a gradient, so that it needs a pass. Mini-batches are
+    stretches of the batch like torch's tensor_split. Within one, responses go to processes by cost, the dearest first to the
+    least loaded, and into the first pack with room. Every process works out the whole plan, from the lengths. A mini-batch in
+    which nothing is counted has no packs; one in which nothing is learned has an empty one: a step with a gradient of 0.
     """
+    counted, learned = counted.tolist(), learned.tolist()
     lengths = [len(r.problem["prompt_ids"]) + len(r.ids) for r in batch]
     plan = []
     for part in torch.arange(len(batch)).tensor_split(count):
         load, packs = [0] * world(), [[] for _ in range(world())]
-        rows = [i for i in part.tolist() if trained[i]]
+        rows = [i for i in part.tolist() if counted[i] and learned[i]]
         for i in sorted(rows, key=lambda i: -lengths[i]):
             r = load.index(min(load))
             load[r] += lengths[i] * (24576 + lengths[i])  # a token's work grows with its context; 24576: a 4B-8B model
@@ -576,7 +582,7 @@ def minibatches(batch, trained, count, tokens_per_gpu):
                     break
             else:
                 packs[r].append([i])
-        most = max(map(len, packs))
+        most = max([len(p) for p in packs] + [any(counted[i] for i in part.tolist())])
         plan.append([Pack(batch, sorted(pack)) for pack in packs[rank()] + [[]] * (most - len(packs[rank()]))])
     return plan
 
@@ -837,7 +843,7 @@ class Log:
 
     def clear(self):
         self.sums, self.counts, self.maxima = {}, {}, {}
-        self.tokens, self.trained_tokens, self.last_lap = 0, 0, time.perf_counter()
+        self.tokens, self.last_lap = 0, time.perf_counter()
 
     def sum(self, name, values, count=0):
         values = torch.as_tensor(values, dtype=torch.double).detach()
@@ -893,7 +899,8 @@ class Log:
         row["time/step"] = sum(value for name, value in row.items() if name.startswith("time/"))
         if self.tokens:
             row["perf/generate_tokens_per_s"] = self.tokens / row["time/generate"]
-            row["perf/train_tokens_per_s"] = self.trained_tokens / row["time/update"]
+            trained = dict(zip(self.sums, map(sum, zip(*counts)))).get("train/entropy", 0)
+            row["perf/train_tokens_per_s"] = trained / row["time/update"]
         if torch.cuda.is_available():
             row["perf/peak_gpu_gb"] = torch.cuda.max_memory_allocated() / 1e9
         if rank() == 0:
@@ -1009,19 +1016,18 @@ def restore(args, accelerator, problems):
 # ---------------------------------------------------------------------------------------------------------- safeguards
 
 
-def check_engine(log, minis):
+def check_engine(log, packs):
     """Stops the run when the engine evidently sampled from other weights than the trainer's. Before the first update.
 
     With top_p or top_k the engine's log-probabilities all lie above the trainer's, by the share that was cut off; with
     stale weights they lie on both sides. So the evidence is then in the tokens that the trainer thinks the likelier.
     """
     cut = log.args.top_p < 1 or log.args.top_k > 0
-    gaps = [pack.old_logp - pack.engine_logp for packs in minis for pack in packs]
+    gaps = [pack.old_logp - pack.engine_logp for pack in packs]
     gap = torch.cat(gaps or [torch.zeros(0)])  # (T,)
     off = gap.clamp(min=0) if cut else gap.abs()
     off, tokens = torch.tensor(all_gather((float(off.sum()), len(gap)))).sum(0).tolist()
-    log.trained_tokens = int(tokens)
-    if not tokens:  # all filtered
+    if not tokens:  # nothing to learn from
         return
     log.mean("rollout/logp_gap", gap.abs())
     log.mean("rollout/logp_k3", gap.exp() - 1 - gap)

@@ -51,6 +51,7 @@ DEFAULTS = {  # flag: (laptop, node). Node is the paper. What it leaves open is 
     "weight_decay": (0.0, 0.1),  # open; the authors' recipe
     "lora_rank": (0, 0),  # all weights are trained
     "warmup_steps": (0, 20),  # section 4.1
+    "old_logp": ("rollout", "recompute"),  # the authors' recipe
     "max_grad_norm": (1.0, 1.0),  # open; the authors' recipe
     "temperature": (1.0, 1.0),  # open; the authors' recipe
     "top_p": (1.0, 1.0),  # open; the authors' recipe (section 4.1 evaluates with 0.7)
@@ -217,11 +218,14 @@ def main():
         weight = torch.cat([token_weights(part, args.loss_agg, args.max_response_len) for part in parts])  # (N,)
 
         # old policy: frozen for all mini-batches of this rollout
-        minis = common.minibatches(batch, (lengths > 0).tolist(), args.minibatches, args.tokens_per_gpu)
+        learned = adv != 0  # (N,) bool; of the others the gradient is 0
+        minis = common.minibatches(batch, lengths > 0, learned, args.minibatches, args.tokens_per_gpu)
+        packs = [pack for packs in minis for pack in packs]
+        checked = packs if args.old_logp == "recompute" else packs[:1]  # the engine's own are in the others
         with torch.no_grad():
-            for pack in [pack for packs in minis for pack in packs]:
+            for pack in checked:
                 pack.old_logp, _ = common.logprobs(model, pack, args.temperature)  # (T,)
-        common.check_engine(log, minis)
+        common.check_engine(log, checked)
         log.lap("old_logp")
 
         # update: each mini-batch is one optimizer step, each pack one forward and backward pass

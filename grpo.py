@@ -42,6 +42,7 @@ DEFAULTS = {  # flag: (laptop, node). Node is the paper. What it leaves open is 
     "weight_decay": (0.0, 0.0),  # open
     "lora_rank": (0, 0),  # all weights are trained
     "warmup_steps": (0, 0),  # open
+    "old_logp": ("rollout", "recompute"),  # open; what the papers' authors do
     "max_grad_norm": (1.0, 1.0),  # open
     "temperature": (1.0, 1.0),  # open
     "top_p": (1.0, 1.0),  # open
@@ -174,13 +175,16 @@ def main():
         weight = torch.cat([token_weights(part, args.loss_agg, args.max_response_len) for part in parts])  # (N,)
 
         # old policy: frozen for all mini-batches of this rollout
-        minis = common.minibatches(batch, (lengths > 0).tolist(), args.minibatches, args.tokens_per_gpu)
+        learned = (adv != 0) | (args.kl_coef > 0)  # (N,) bool; of the others the gradient is 0
+        minis = common.minibatches(batch, lengths > 0, learned, args.minibatches, args.tokens_per_gpu)
+        packs = [pack for packs in minis for pack in packs]
+        checked = packs if args.old_logp == "recompute" else packs[:1]  # the engine's own are in the others
         with torch.no_grad():
-            for pack in [pack for packs in minis for pack in packs]:
+            for pack in checked:
                 pack.old_logp, _ = common.logprobs(model, pack, args.temperature)  # (T,)
-                if ref_model:
-                    pack.ref_logp, _ = common.logprobs(ref_model, pack, args.temperature)  # (T,)
-        common.check_engine(log, minis)
+            for pack in packs if ref_model else []:
+                pack.ref_logp, _ = common.logprobs(ref_model, pack, args.temperature)  # (T,)
+        common.check_engine(log, checked)
         log.lap("old_logp")
 
         # update: each mini-batch is one optimizer step, each pack one forward and backward pass

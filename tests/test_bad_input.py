@@ -74,6 +74,7 @@ def refused(monkeypatch, capsys, tmp_path):
         ("--eval_top_k", "-1"),
         ("--eval_max_response_len", "0"),
         ("--template", "none"),
+        ("--old_logp", "engine"),
         ("--enable_thinking", "no"),
         ("--enable_thinking", "off"),  # the template knows no such switch
         ("--group_size", "1"),  # with a group norm
@@ -95,6 +96,8 @@ def test_flag(refused, flag, value):
 @pytest.mark.parametrize(
     "script, flag, value, more",
     [
+        (lite_ppo, "--old_logp", "rollout", ["--top_p", "0.9"]),
+        (lite_ppo, "--old_logp", "rollout", ["--top_k", "5"]),
         (grpo, "--kl_coef", "-0.1", []),
         (grpo, "--kl_coef", "nan", []),
         (grpo, "--kl_coef", "inf", []),

@@ -96,17 +96,19 @@ def test_an_empty_pack_takes_part_and_changes_nothing(policy):
 )
 def test_every_response_is_trained_once(seed, minibatches, processes, budget, data):
     batch = make_batch(12, seed)
-    trained = data.draw(st.lists(st.booleans(), min_size=12, max_size=12))
+    counted, learned = (torch.tensor(data.draw(st.lists(st.booleans(), min_size=12, max_size=12))) for _ in "cl")
     plans = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "world", lambda: processes)
         for r in range(processes):
             patch.setattr(common, "rank", lambda r=r: r)
-            plans.append(common.minibatches(batch, trained, minibatches, budget))
+            plans.append(common.minibatches(batch, counted, learned, minibatches, budget))
     for m in range(minibatches):
         packs = [pack for plan in plans for pack in plan[m]]
         first = sum(12 // minibatches + (k < 12 % minibatches) for k in range(m))  # the first ones are longer by one
-        want = [i for i in range(first, first + 12 // minibatches + (m < 12 % minibatches)) if trained[i]]
+        part = range(first, first + 12 // minibatches + (m < 12 % minibatches))
+        want = [i for i in part if counted[i] and learned[i]]
+        assert bool(packs) == any(counted[i] for i in part)  # a step is taken, be it with a gradient of 0
         assert sorted({i for pack in packs for i in pack.rows.tolist()}) == want
         assert sum(len(pack.labels) for pack in packs) == sum(len(batch[i].ids) for i in want)
         assert (
@@ -115,10 +117,10 @@ def test_every_response_is_trained_once(seed, minibatches, processes, budget, da
         assert all(len(pack.ids) <= budget for pack in packs)
 
 
-def gradient(batch, trained, minibatches, budget):
+def gradient(batch, minibatches, budget):
     policy = load_policy()
     weight = torch.rand(len(batch), generator=torch.Generator().manual_seed(1))
-    for packs in common.minibatches(batch, trained, minibatches, budget):
+    for packs in common.minibatches(batch, *torch.ones(2, 12), minibatches, budget):
         for pack in packs:
             logp, _ = common.logprobs(policy, pack, 1.0)
             (logp * weight[pack.rows]).sum().backward()
@@ -127,11 +129,9 @@ def gradient(batch, trained, minibatches, budget):
 
 def test_micro_batches_add_up():
     batch = make_batch()
-    whole = gradient(batch, [True] * 12, 1, 10_000)
+    whole = gradient(batch, 1, 10_000)
     for budget in (80, 200, 333):
-        torch.testing.assert_close(
-            gradient(batch, [True] * 12, 1, budget), whole, atol=1e-5 * float(whole.abs().max()), rtol=1e-4
-        )
+        torch.testing.assert_close(gradient(batch, 1, budget), whole, atol=1e-5 * float(whole.abs().max()), rtol=1e-4)
 
 
 def test_this_torch_takes_the_call_of_the_gpu_branch():

@@ -52,7 +52,7 @@ METRICS = {  # every name that is logged, each once
     "reward/grader_errors, grader_timeouts": "share of responses the grader could not compare; had no time to compare",
     "adv/std, max, zero": "of the advantages that are trained on; largest absolute value; share that is 0",
     "train/loss, grad_norm, lr": "mean over the mini-batches; the norm before it is cut; read from the optimizer after the last update",
-    "train/entropy": "of the next token, nats, mean over trained tokens",
+    "train/entropy": "of the next token, nats, mean over trained tokens: those with a gradient, so without an advantage or a KL a response is left out",
     "train/kl": "to the first policy, by `--kl_estimator`, mean over trained tokens; only with `--kl_coef` above 0",
     "train/clip_low, clip_high, ratio_max": "share of tokens whose gradient the lower, upper bound cuts; largest ratio",
     "eval/SET/accuracy, accuracy_se": "avg@n, n = `--eval_samples`; its standard error, were the problems drawn from more of the kind. `eval/mean`: the plain mean of the sets",

@@ -314,6 +314,57 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
     assert found["step"] == 0 and found["loss"] == "nan" and found["response"] and found["token"] < len(found["ids"])
 
 
+# ----------------------------------------------------------------------------------------------------- what is not computed
+
+
+def test_the_engines_probabilities_do_as_well(tmp_path, monkeypatch):
+    """Where nothing is cut off and the precision is the same; one pack of each rollout is computed again, for the canary."""
+    rows = {}
+    for how in ("rollout", "recompute"):
+        flags = [*SMALL, "--tokens_per_gpu", 200, "--old_logp", how, "--out", tmp_path / how]
+        rows[how] = run_main(monkeypatch, lite_ppo, *flags)[:2]
+    for one, two in zip(rows["rollout"], rows["recompute"]):
+        assert one["rollout/logp_gap"] < 1e-5
+        for name in ("train/loss", "train/grad_norm", "train/entropy", "train/ratio_max", "reward/mean"):
+            assert one[name] == pytest.approx(two[name], rel=1e-3, abs=1e-5), name
+
+
+def test_a_stale_engine_stops_a_run_that_trusts_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(common.HfEngine, "load", lambda *_: None)
+    flags = [*SMALL, "--lr", 1e-2, "--old_logp", "rollout", "--out", tmp_path / "run"]
+    with pytest.raises(SystemExit, match="samples from another model"):
+        run_main(monkeypatch, lite_ppo, *flags)
+
+
+def test_without_an_advantage_nothing_is_computed_but_the_step(tmp_path, monkeypatch):
+    """All right in the second rollout: no token goes through the model, and Adam goes on with what it remembers."""
+    passed, stepped, weights, logprobs = [], [], [], common.logprobs
+    monkeypatch.setattr(
+        common, "logprobs", lambda m, pack, t: (passed.append(len(pack.labels)), logprobs(m, pack, t))[1]
+    )
+
+    def step(self, *a, **k):
+        adam(self, *a, **k)
+        stepped.append(len(passed))
+        weights.append(self.param_groups[0]["params"][0].detach().clone())
+
+    def rollout(*args):
+        grades.clear() if stepped else None
+        return generate(*args)
+
+    adam, generate, grades, grade = torch.optim.AdamW.step, common.Engine.generate, [1], rewards.GradePool.grade
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    monkeypatch.setattr(common.Engine, "generate", rollout)
+    right = rewards.Grade(True)
+    monkeypatch.setattr(
+        rewards.GradePool, "grade", lambda s, pairs: grade(s, pairs) if grades else [right] * len(pairs)
+    )
+    rows = run_main(monkeypatch, lite_ppo, *SMALL, "--out", tmp_path / "run")
+    assert len(stepped) == 4 and sum(passed[: stepped[1]]) > 0 and sum(passed[stepped[1] :]) == 0
+    assert rows[1]["adv/zero"] == 1 and rows[1]["train/grad_norm"] == 0 and rows[1]["train/loss"] == 0
+    assert not torch.equal(weights[1], weights[2]) and not torch.equal(weights[2], weights[3])
+
+
 # ------------------------------------------------------------------------------------------------------- overlong filter
 
 

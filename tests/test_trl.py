@@ -115,7 +115,7 @@ def ours(batch, policy_loss=None, bias_correction=False, **settings):
     if a.get("overlong") == "filter":
         lengths[torch.tensor([r.truncated for r in batch])] = 0
     weight, total = script.token_weights(lengths, a["loss_agg"], LIMIT), 0
-    [packs] = common.minibatches(batch, (lengths > 0).tolist(), 1, 200)
+    [packs] = common.minibatches(batch, lengths > 0, torch.ones(P * G), 1, 200)
     for pack in packs:
         logp, _ = common.logprobs(policy, pack, a["temperature"])
         old_logp = logp.detach() - torch.cat([drift(batch)[i] for i in pack.rows.unique_consecutive()])

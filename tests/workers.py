@@ -22,7 +22,7 @@ def gradient(tokens_per_gpu, survivors):
     rewards = torch.tensor([1.0, 0, 0, 1, 0, 0, 0, 1, 1, 1, 0, 1]).view(3, 4)
     adv, weight = advantages(rewards, "group_mean_batch_std").flatten(), token_weights(lengths, "seq_mean", 64)
     total = 0.0
-    [packs] = common.minibatches(batch, lengths > 0, 1, tokens_per_gpu)
+    [packs] = common.minibatches(batch, lengths > 0, torch.ones(12), 1, tokens_per_gpu)
     for pack in packs:
         logp, _ = common.logprobs(model, pack, 0.9)
         loss, _ = policy_loss(logp, logp.detach() - 0.1, adv[pack.rows], 0.2, 0.28)
