@@ -178,7 +178,8 @@ def main():
         learned = (adv != 0) | (args.kl_coef > 0)  # (N,) bool; of the others the gradient is 0
         minis = common.minibatches(batch, lengths > 0, learned, args.minibatches, args.tokens_per_gpu)
         packs = [pack for packs in minis for pack in packs]
-        checked = packs if args.old_logp == "recompute" else packs[:1]  # the engine's own are in the others
+        fullest = sorted(packs, key=lambda pack: -len(pack.labels))[:1]
+        checked = packs if args.old_logp == "recompute" else fullest  # the engine's own are in the others
         with torch.no_grad():
             for pack in checked:
                 pack.old_logp, _ = common.logprobs(model, pack, args.temperature)  # (T,)

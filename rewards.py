@@ -11,7 +11,6 @@ The answer of a problem is wrapped in a box before it is parsed: bare, `2\sqrt{3
 import contextlib
 import json
 import logging
-import math
 import os
 import re
 import resource
@@ -36,6 +35,7 @@ DEEPEST_ANSWER = 12  # braces within braces; the parser's cost grows steeply wit
 BETWEEN = 40  # characters between two boxes of a list, at most
 WORKERS = 4  # processes that compare, for each process that trains
 SECONDS = 2  # to parse and compare one answer
+START_SECONDS = 60  # for a worker to start; a second or two where the machine is idle
 WALL_SECONDS = 2.4  # after that a worker is killed; its own alarm comes first, where the interpreter gets to it
 MEMORY = 2 << 30  # bytes a worker may use
 REMEMBERED = 100_000  # comparisons
@@ -248,9 +248,8 @@ def understood(answer, parsed, unit=False) -> bool:
         return False
     answer = re.sub(NO_LETTERS, " ", answer).lower()
     seen = "".join(map(str, parsed.atoms(Symbol, AppliedUndef))).lower() if hasattr(parsed, "atoms") else ""
-    lost = set(re.findall(r"[a-cf-hj-z]|[dei](?=_)", answer)) - set(
-        seen
-    )  # d/dx, and the constants e and i, are no letters
+    letters = re.findall(r"[a-cf-hj-z]|[dei](?=_)", answer)  # not d of d/dx, nor the constants e and i
+    lost = set(letters) - set(seen)
     return not lost or (unit and re.fullmatch(r"[^a-z]*\d\}?[a-z^/\d]*", answer) is not None)
 
 
@@ -288,7 +287,7 @@ class GradePool:
 
     def __init__(self, workers: int = WORKERS, seconds: float = WALL_SECONDS):
         self.count, self.seconds, self.known = workers, seconds, {}
-        self.workers, self.starting = [], set()  # those that start may be given work, but their time does not run yet
+        self.workers, self.starting = [], set()  # those that start are given work, but its time does not run yet
 
     def grade(self, pairs: list[tuple[str, str]]) -> list[Grade]:
         """(text, answer) of each -> its Grade"""
@@ -311,9 +310,10 @@ class GradePool:
                 pair = todo.pop()
                 with contextlib.suppress(BrokenPipeError):  # it dies just now: what is read below will say so
                     worker.stdin.write(json.dumps(pair).encode() + b"\n")
-                busy[worker] = pair, math.inf if worker in self.starting else time.monotonic() + self.seconds
-            wait = min(end for _, end in busy.values()) - time.monotonic()
-            heard = select.select([w.stdout for w in busy], [], [], None if wait == math.inf else max(0, wait))[0]
+                limit = START_SECONDS if worker in self.starting else self.seconds
+                busy[worker] = pair, time.monotonic() + limit
+            wait = max(0, min(end for _, end in busy.values()) - time.monotonic())
+            heard = select.select([w.stdout for w in busy], [], [], wait)[0]
             for worker, (pair, end) in list(busy.items()):
                 said = os.read(worker.stdout.fileno(), 4096) if worker.stdout in heard else None
                 for line in (said or b"").splitlines():  # a worker writes whole lines

@@ -229,6 +229,18 @@ def test_a_worker_that_dies_is_replaced(pool):
     assert all(g.correct for g in pool.grade([(box(rf"y+{i}"), f"{i}+y") for i in range(20)]))
 
 
+def test_workers_that_never_start(monkeypatch):
+    """They are waited for, for a while; each costs the answer it was given."""
+    monkeypatch.setattr(rewards, "START_SECONDS", 0.3)
+    silent = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+    monkeypatch.setattr(rewards, "start_worker", lambda: subprocess.Popen(["sleep", "60"], **silent))
+    pool = GradePool(workers=2)
+    assert [g.error for g in pool.grade([(box("p+1"), "1+p"), (box("p+2"), "2+p"), (box("7"), "7")])] == [
+        "timeout"
+    ] * 2 + [""]
+    pool.close()
+
+
 def test_a_worker_that_dies_at_work_costs_one_answer(pool):
     pool.grade([(box("v+1"), "1+v")])
     worker = pool.workers[0]
