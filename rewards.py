@@ -294,10 +294,11 @@ class GradePool:
         decided = [decide(*pair) for pair in pairs]
         hard = dict.fromkeys(d for d in decided if not isinstance(d, Grade) and d not in self.known)
         found = self.compare_all(list(hard))
+        grades = [d if isinstance(d, Grade) else found.get(d) or self.known[d] for d in decided]
+        self.known |= {pair: g for pair, g in found.items() if not g.error}
         if len(self.known) > REMEMBERED:
             self.known = {}
-        self.known |= {pair: g for pair, g in found.items() if not g.error}
-        return [d if isinstance(d, Grade) else found.get(d) or self.known[d] for d in decided]
+        return grades
 
     def compare_all(self, todo):
         busy, found = {}, {}  # worker -> (pair, when its time is up)

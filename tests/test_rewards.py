@@ -229,6 +229,15 @@ def test_a_worker_that_dies_is_replaced(pool):
     assert all(g.correct for g in pool.grade([(box(rf"y+{i}"), f"{i}+y") for i in range(20)]))
 
 
+def test_what_was_remembered_may_be_forgotten(pool, monkeypatch):
+    """The memory is full while an answer of the same call is still to come from it."""
+    pool.known = {}
+    pool.grade(HARD[:2])
+    monkeypatch.setattr(rewards, "REMEMBERED", 1)
+    assert [g.correct for g in pool.grade(HARD[:4])] == [True] * 4 and pool.known == {}
+    assert [g.correct for g in pool.grade(HARD[:2])] == [True] * 2
+
+
 def test_workers_that_never_start(monkeypatch):
     """They are waited for, for a while; each costs the answer it was given."""
     monkeypatch.setattr(rewards, "START_SECONDS", 0.3)
