@@ -252,6 +252,10 @@ def data_file(args, name):
     return find(name) if name.endswith(".jsonl") else folder / f"{name}.jsonl"
 
 
+def longest_sequence(args):
+    return args.max_prompt_len + max(args.max_response_len, args.eval_max_response_len)
+
+
 def read_run(folder, script):
     try:
         stored = json.loads((Path(folder) / "args.json").read_text())
@@ -263,6 +267,11 @@ def read_run(folder, script):
 
 
 # ------------------------------------------------------------------------------------------------------------ problems
+
+
+def read_lines(path):
+    """-> bytes. The lines of JSON end at newlines alone, not at all that `str.splitlines` takes for an end."""
+    return path.read_bytes().removesuffix(b"\n").split(b"\n")
 
 
 def render(problem, tokenizer, template="chat", enable_thinking="on"):
@@ -277,7 +286,7 @@ def render(problem, tokenizer, template="chat", enable_thinking="on"):
 def load_problems(path, tokenizer, max_prompt_len, template="chat", enable_thinking="on"):
     """The rows of a .jsonl file, with `prompt_ids`. A row needs `problem` and `answer`; its `id` may be its line."""
     rows, ids = [], set()
-    for i, line in enumerate(path.read_bytes().removesuffix(b"\n").split(b"\n"), start=1):
+    for i, line in enumerate(read_lines(path), start=1):
         try:
             row = json.loads(line)
         except ValueError:
@@ -291,9 +300,8 @@ def load_problems(path, tokenizer, max_prompt_len, template="chat", enable_think
             fail(f'{path}, line {i}: a second "id" {row["id"]}; give each problem its own, or none')
         ids.add(row["id"])
         text = render(str(row["problem"]), tokenizer, template, enable_thinking)
-        row["prompt_ids"] = tokenizer.encode(
-            text, add_special_tokens=template == "plain"
-        )  # a chat template has its own
+        marks = template == "plain"  # a chat template has its own
+        row["prompt_ids"] = tokenizer.encode(text, add_special_tokens=marks)
         length = len(row["prompt_ids"])
         if length > max_prompt_len:
             fail(f"{path}, line {i}: a prompt of {length} tokens; raise --max_prompt_len {max_prompt_len} or remove it")
@@ -418,7 +426,7 @@ class VllmEngine(Engine):
             vllm._custom_ops._supports_onednn = False  # else layers keep packed copies, and `load` misses a tied head
         from vllm import LLM
 
-        longest = args.max_prompt_len + max(args.max_response_len, args.eval_max_response_len)
+        longest = longest_sequence(args)
         with own_rng():  # LLM() seeds python's, numpy's and torch's generators, alike on every process
             self.llm = LLM(
                 base_of(args.model),
@@ -719,10 +727,9 @@ def check_room(args):
     from transformers import AutoConfig
 
     room = AutoConfig.from_pretrained(base_of(args.model)).get_text_config().max_position_embeddings
-    longest = args.max_prompt_len + max(args.max_response_len, args.eval_max_response_len)
-    if longest > room:
+    if (longest := longest_sequence(args)) > room:
         fail(
-            f"--max_prompt_len {args.max_prompt_len}: with the longest response {longest} tokens, and {args.model} has {room}"
+            f"--max_prompt_len {args.max_prompt_len}: with the longest response {longest} tokens, {args.model} has {room}"
         )
 
 
@@ -1101,8 +1108,8 @@ def evaluate(engine, pool, log, step):
         with open(log.folder / "samples.jsonl", "a") as f:
             f.writelines(json.dumps(sample) + "\n" for sample in first)
         if step == a.steps:
-            settings = {name: value for name, value in vars(a).items() if name in EVAL_SETTINGS}
-            found = {"model": a.model, "step": step, "settings": settings, "sets": scores}
+            how = {name: getattr(a, name) for name in EVAL_SETTINGS}
+            found = {"model": a.model, "step": step, "settings": how, "sets": scores}
             write_aside(log.folder / "eval.json", json.dumps(found, indent=1))
             every = [json.dumps(sample) + "\n" for samples in sets.values() for sample in samples]
             write_aside(log.folder / "eval_samples.jsonl", "".join(every))

@@ -104,7 +104,7 @@ def report(paths, keep):
         )
         if keep:
             out = path.with_name(f"{path.stem}_{keep[0]}_{keep[1]}.jsonl")
-            lines = path.read_bytes().removesuffix(b"\n").split(b"\n")
+            lines = common.read_lines(path)
             if len(lines) != len(rows):
                 common.fail(f"{counts_file(path)}: {len(rows)} rows, {len(lines)} problems; remove it to count again")
             lines = [line.decode() for line, k in zip(lines, correct) if keep[0] <= k <= keep[1]]

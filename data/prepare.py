@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import rewards  # noqa: E402
-from common import COUNT, Parser, fail, write_aside  # noqa: E402
+from common import COUNT, Parser, fail, read_lines, write_aside  # noqa: E402
 
 SEED = 42  # the paper's, appendix A.1
 SIZE = 5000  # problems in a tier, section 3.1
@@ -57,9 +57,8 @@ SOURCES = {  # name: (on the hub, further arguments of load_dataset, rows there)
     "dapo": ("open-r1/DAPO-Math-17k-Processed", {"name": "all", "split": "train"}, 17398),  # each problem once
 }
 EVAL = ["math500", "olympiadbench", "minerva_math", "amc23", "aime24", "aime25"]
-STAND_IN = {
-    "simplerl_easy": {"gsm8k_train": None, "math_train": 1}
-}  # with their level, where --from has no simplerl_easy
+# where --from has no simplerl_easy, the parts it is made of, with the level of their rows
+STAND_IN = {"simplerl_easy": {"gsm8k_train": None, "math_train": 1}}
 PROBLEM = ("problem", "question", "extra_info.question", "prompt")  # columns; the first that is there
 ANSWER = ("gt_answer", "final_answer", "reward_model.ground_truth", "answer", "solution")
 LEVEL = ("level", "difficulty")
@@ -67,10 +66,8 @@ LEVEL = ("level", "difficulty")
 TIERS = {  # name: (source, what its problems are sorted by before the first are taken). u: uniform in (0, 1], one a problem
     "easy": ("simplerl_easy", lambda level, u: u),
     "medium": ("deepmath", lambda level, u: (level, u)),
-    "hard": (
-        "deepmath",
-        lambda level, u: -math.log(u) / level,
-    ),  # a draw by weight without replacement: Efraimidis, Spirakis
+    # a draw by weight without replacement: Efraimidis, Spirakis
+    "hard": ("deepmath", lambda level, u: -math.log(u) / level),
     "dapo": ("dapo", lambda level, u: u),
 }
 EXPECTED = {  # name: (problems, sha256 of the file made from the copies in public repositories; None: none was at hand)
@@ -124,7 +121,7 @@ def read_file(path):
             fail(f"{path}: {str(error).splitlines()[0]}; was its download cut short?")
         return [(f"{path}, row {i}", row) for i, row in enumerate(rows, start=1)]
     rows = []
-    for i, line in enumerate(path.read_bytes().removesuffix(b"\n").split(b"\n"), start=1):
+    for i, line in enumerate(read_lines(path), start=1):
         try:
             rows.append((f"{path}, line {i}", json.loads(line)))
         except ValueError:
@@ -161,7 +158,7 @@ def problems_of(name, folder):
     found = read(name, folder)
     if found is None:
         return None
-    rows, ids = [], {None}
+    rows, ids = [], set()
     for place, row in found:
         if not isinstance(row, dict):
             fail(f"{place}: no object with columns")
@@ -170,15 +167,14 @@ def problems_of(name, folder):
         for what, value, names in (("problem", problem, PROBLEM), ("answer", answer, ANSWER)):
             if value is None:
                 fail(f"{place}: none of the columns {', '.join(names)} for the {what}; it has {', '.join(row)}")
-            if not str(value).strip():
+        problem, answer = str(problem).strip(), clean(str(answer))
+        for what, value in (("problem", problem), ("answer", answer)):
+            if not value:
                 fail(f"{place}: the {what} is empty")
         given = row.get("id", row.get("unique_id"))
-        if given in ids - {None}:
+        if given is not None and given in ids:
             fail(f"{place}: a second row with the id {given}")
         ids.add(given)
-        problem, answer = str(problem).strip(), clean(str(answer))
-        if not answer:
-            fail(f"{place}: the answer is empty")
         try:
             level = float(level) if isinstance(level, str) else level
         except ValueError:
@@ -210,10 +206,8 @@ def checkable(golds, name):
     r"""-> those the grader can compare as more than strings: \mathbb{Z}_8 or G/K \cong H would only be paid letter by letter."""
     forms = {gold: rewards.normalise(gold) for gold in golds}
     good = {gold for gold, form in forms.items() if rewards.value(form) is not None}
-    left = [
-        (form, form)
-        for form in {form for gold, form in forms.items() if gold not in good and not rewards.too_hard(form)}
-    ]
+    hard = {form for gold, form in forms.items() if gold not in good and not rewards.too_hard(form)}
+    left = [(form, form) for form in hard]
     pool, equal = rewards.GradePool(os.cpu_count()), {}
     with tqdm(desc=f"golds of {name}", total=len(left), unit="gold") as bar:
         for i in range(0, len(left), 256):

@@ -11,6 +11,12 @@ from conftest import ROOT, load_module
 prepare = load_module(ROOT / "data" / "prepare.py")
 
 
+def forget():
+    """What was read and chosen in this process before"""
+    prepare.problems_of.cache_clear()
+    prepare.usable.cache_clear()
+
+
 def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -18,8 +24,7 @@ def write(path, rows):
 @pytest.fixture
 def folder(tmp_path):
     """Every source with made-up problems: the evaluation sets whole, the others with a hundred or two."""
-    prepare.problems_of.cache_clear()
-    prepare.usable.cache_clear()
+    forget()
     folder = tmp_path / "sources"
     folder.mkdir()
     for name in prepare.EVAL:
@@ -47,8 +52,7 @@ def run(folder, *flags):
 
 def refused(folder, capsys, *flags):
     """-> the one line it says; nothing may be written"""
-    prepare.problems_of.cache_clear()
-    prepare.usable.cache_clear()
+    forget()
     with pytest.raises(SystemExit) as stop:
         run(folder, *flags)
     assert stop.value.code == 2 and not (folder.parent / "out").exists()
@@ -94,8 +98,7 @@ def test_the_same_problems_give_the_same_files(folder):
     first = run(folder, "all", "--size", "50")
     for path in folder.glob("*.jsonl"):
         path.write_text("".join(line + "\n" for line in reversed(path.read_text().splitlines())))
-    prepare.problems_of.cache_clear()
-    prepare.usable.cache_clear()
+    forget()
     assert run(folder, "all", "--size", "50") == first
 
 
@@ -108,8 +111,7 @@ def test_parquet(folder):
     for i in range(2):  # in two parts, as on the hub
         part = pyarrow.Table.from_pylist(rows[i * 100 : i * 100 + 100])
         pyarrow.parquet.write_table(part, folder / f"deepmath-{i}-of-2.parquet")
-    prepare.problems_of.cache_clear()
-    prepare.usable.cache_clear()
+    forget()
     assert run(folder, "hard", "--size", "50") == first
 
 
@@ -206,8 +208,7 @@ def test_missing_files(folder, capsys):
     assert "dapo: " in refused(folder, capsys, "dapo")
     assert "dapo" not in run(folder, "all", "--size", "50") and "has no file of it" in capsys.readouterr().out
     (folder / "aime24.jsonl").unlink()
-    prepare.problems_of.cache_clear()
-    prepare.usable.cache_clear()
+    forget()
     with pytest.raises(SystemExit):  # what nothing may be trained on must be known
         run(folder, "hard", "--size", "50")
     assert "has no aime24*" in capsys.readouterr().err
