@@ -33,18 +33,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+import plan
 import rewards
 
-# accelerate, transformers and vllm are imported where they are used: the laptop scale first switches their hub off,
+# accelerate, transformers, vllm and torch's tools for several processes are imported where they are used: the laptop scale first switches their hub off,
 # a wrong flag is answered in a second or two, and a machine without vLLM needs none.
 
 ROOT = Path(__file__).parent
 SYSTEM = r"Please reason step by step, and put your final answer within \boxed{}."  # arXiv 2508.08221, appendix A.2
 PLAIN = "{system}\n\nProblem: {problem}\n\nSolution:"  # --template plain
-HEAD_CHUNK = 2048  # tokens whose logits exist at a time: 1.2 GiB in fp32 at Qwen3's 152k words
 CPU_THREADS = 8  # at most, for all processes together; a tiny model has no work for more
 GLOO_REST = 0.5  # seconds for gloo's thread to drop the last barrier; see `finish`
 HF_ROWS = 256  # sequences the hf engine samples at a time
@@ -113,7 +112,6 @@ FLAGS = {  # the flags all scripts share; their defaults stand in the script
     "max_prompt_len": (COUNT, "tokens; a longer problem is refused"),
     "max_response_len": (COUNT, "tokens; a response is cut there"),
     "tokens_per_gpu": (COUNT, "tokens in one forward and backward pass, prompts included"),
-    "vllm_memory": (SHARE, "share of a GPU's memory that vLLM may fill while it samples"),
     "seed": (number(int, 0), "of the data order and of every sample"),
     "eval_every": (COUNT, "rollouts between two evaluations; there is one before the first and one after the last"),
     "eval_samples": (COUNT, "responses to each evaluation problem, n; the accuracy is their mean, avg@n"),
@@ -123,28 +121,50 @@ FLAGS = {  # the flags all scripts share; their defaults stand in the script
     "eval_top_k": (number(int, 0), "like --top_k, in evaluations"),
     "eval_max_response_len": (COUNT, "tokens; a response is cut there in evaluations"),
     "save_every": (COUNT, "rollouts between two checkpoints"),
+    "save_total_limit": (COUNT, "checkpoints that are kept, the last ones"),
+    "sharding": (["fsdp", "ddp"], "fsdp: weights, gradients and Adam are shared out over the GPUs; ddp: each has all"),
+    "compile": (["on", "off"], "torch.compile of the decoder layers"),
+    "head_dtype": (["float32", "model"], "precision of the output layer, in trainer and engine; model: bf16 on a GPU"),
+    "sleep": (["on", "off"], "on: vLLM leaves the GPU's memory to the trainer while that works"),
+    "vllm_tensor_parallel": (COUNT, "GPUs that share one vLLM engine"),
+    "kv_cache_gib": (number(float, 0), "vLLM's keys and values, GiB a GPU; 0: what --plan finds room for (a CPU: 1)"),
+}
+ENGINE = {  # no paper's business: the machine's flags, and their defaults (laptop, node), of the one that samples
+    "head_dtype": ("float32", "float32"),
+    "sleep": ("on", "on"),
+    "vllm_tensor_parallel": (1, 1),
+    "kv_cache_gib": (0, 0),
+}
+MACHINE = ENGINE | {  # and of the one that trains
+    "sharding": ("ddp", "fsdp"),
+    "tokens_per_gpu": (4096, 32768),
+    "compile": ("off", "off"),
+    "save_total_limit": (1, 1),
 }
 
 
 def parser(file, doc, defaults):
     """The shared flags of a training script; it adds its own. No flag has a default here: `parse_args` takes them from the table."""
-    p = plain_parser(doc, defaults)
-    p.script, p.table = Path(file).stem, defaults
+    p = plain_parser(doc, MACHINE | defaults)
+    p.script, p.table = Path(file).stem, MACHINE | defaults
     p.add_argument("--out", help="the run folder [runs/<script>__<flags that differ from their defaults>__s<seed>]")
     p.add_argument("--resume", metavar="RUN", help="go on with the run in this folder, from its last checkpoint")
+    text = "only say what memory and time this takes on 8 GPUs of 80 GiB, or on those that are here"
+    p.add_argument("--plan", nargs="?", const="here", type=plan.machine, metavar="8x80", help=text)
     return p
 
 
 def plain_parser(doc, defaults):
-    """The flags that have a row in `defaults`, and those of the machine"""
+    """The flags that have a row in `defaults`, and those of the machine that samples"""
     layout = argparse.RawDescriptionHelpFormatter
     p = Parser(description=doc, formatter_class=layout, argument_default=argparse.SUPPRESS, allow_abbrev=False)
     p.add_argument("--scale", choices=["laptop", "node"], help="column of defaults; node where there is a CUDA device")
     p.add_argument("--engine", choices=["auto", "hf", "vllm"], help="who samples; auto: vllm where it and CUDA are")
-    for name, (kind, text) in FLAGS.items():
-        if name in defaults:
+    for name, columns in (ENGINE | defaults).items():
+        if name in FLAGS:
+            kind, text = FLAGS[name]
             value = {"choices": kind} if isinstance(kind, list) else {"type": kind, "metavar": "X"}
-            p.add_argument(f"--{name}", help=text + " [laptop {}, node {}]".format(*defaults[name]), **value)
+            p.add_argument(f"--{name}", help=text + " [laptop {}, node {}]".format(*columns), **value)
     return p
 
 
@@ -157,7 +177,7 @@ def settings(defaults, given):
     scale = given.get("scale", here())
     if scale == "laptop":
         os.environ["HF_HUB_OFFLINE"] = "1"  # this scale has all it needs; huggingface_hub reads it when imported
-    column = {name: columns[scale == "node"] for name, columns in defaults.items()}
+    column = {name: columns[scale == "node"] for name, columns in (ENGINE | defaults).items()}
     return argparse.Namespace(**(column | {"engine": "auto"} | given | {"scale": scale}))
 
 
@@ -166,10 +186,10 @@ def parse_args(p, argv=None):
     given, stored = vars(p.parse_args(argv)), {}
     if "resume" in given:
         stored = read_run(given["resume"], p.script) | {"out": given["resume"]}
-        for name in given.keys() - {"resume", "steps"}:
+        for name in given.keys() - {"resume", "steps", "plan", *MACHINE}:  # it may go on on another machine
             if given[name] != stored.get(name):
                 fail(f"--{name} {given[name]}: the run to --resume has {stored.get(name)}; leave the flag out")
-    given = {"script": p.script, "out": None, "resume": None} | stored | given
+    given = {"script": p.script, "out": None, "resume": None, "plan": None} | stored | given
     args = settings(p.table, given)
     if not args.out:
         usual = vars(settings(p.table, {"scale": args.scale})) | {"scale": here()}
@@ -177,6 +197,8 @@ def parse_args(p, argv=None):
         parts = [f"{k}={v}".strip("/").replace("/", "-") for k, v in differ.items()]
         args.out = str(Path("runs") / "__".join([p.script, *parts, f"s{args.seed}"]))
     check(args)
+    if args.plan:
+        show_plan(args)
     why = {"laptop": "no CUDA device is here", "node": "a CUDA device is here"}[here()]
     if rank() == 0:
         print(f"scale {args.scale}: {why if args.scale == here() else '--scale'}. The run is in {args.out}")
@@ -192,6 +214,8 @@ def check(args):
     mistakes = [
         (responses % args.minibatches, f"{size}: not divisible by --minibatches {args.minibatches}; change one of them"),
         (minibatch % world(), f"{size}: a mini-batch of {minibatch} is not divisible by {world()} processes; change one"),
+        (world() % args.vllm_tensor_parallel,
+         f"--vllm_tensor_parallel {args.vllm_tensor_parallel}: {world()} processes are not divisible by it; change one"),
         (args.tokens_per_gpu < longest,
          f"--tokens_per_gpu {args.tokens_per_gpu}: give at least --max_prompt_len + --max_response_len = {longest}"),
         (args.old_logp == "rollout" and (args.top_p < 1 or args.top_k > 0),
@@ -208,6 +232,26 @@ def check(args):
         *data_mistakes(args, "eval_data"),
     ]  # fmt: skip
     fail_at_first(mistakes)
+
+
+def shape_of(args):
+    from transformers import AutoConfig
+
+    try:
+        return plan.shape(AutoConfig.from_pretrained(base_of(args.model)))
+    except OSError:
+        fail(f"--model {args.model}: its config.json cannot be read; give a folder, or a name on a hub in reach")
+
+
+def show_plan(args):
+    """Prints the plan and ends the program: with 0, or with 2 and the flag to change where the command does not fit."""
+    gpus, gib, name = plan.here() if args.plan == "here" else (*args.plan, "H100")
+    shape = shape_of(args)
+    if rank() == 0:
+        print(plan.report(args, shape, gpus, gib, name))
+    if wrong := plan.refusal(args, shape, gpus, gib):
+        fail(wrong)
+    raise SystemExit(0)
 
 
 def model_mistakes(args):
@@ -250,10 +294,6 @@ def base_of(model):
 def data_file(args, name):
     folder = ROOT / "data" / ("tiny" if args.scale == "laptop" else "")
     return find(name) if name.endswith(".jsonl") else folder / f"{name}.jsonl"
-
-
-def longest_sequence(args):
-    return args.max_prompt_len + max(args.max_response_len, args.eval_max_response_len)
 
 
 def read_run(folder, script):
@@ -355,18 +395,23 @@ def stop_ids(model, tokenizer):
 
 
 def weights(model):
-    """Every parameter by its Hugging Face name, one at a time, whole. All processes must go through all of them.
+    """Every parameter by its Hugging Face name, one at a time, whole, as the engine computes. All processes must go through all.
 
     With LoRA what the adapter adds is in it, summed in fp32 beside the weights, which stay as they are.
     """
-    lm = unwrap(model).lm
+    lm = model.lm
     for name, p in lm.named_parameters():
         if ".lora_" in name:
             continue
-        p = p.detach().full_tensor() if hasattr(p, "full_tensor") else p.detach()
         if name.endswith(".base_layer.weight"):
-            p = p + lm.get_submodule(name.removesuffix(".base_layer.weight")).get_delta_weight("default").detach()
-        yield name.removeprefix("base_model.model.").replace(".base_layer.", "."), p
+            p = p + lm.get_submodule(name.removesuffix(".base_layer.weight")).get_delta_weight("default")
+        p = p.detach().to(compute_dtype())  # the shard, before it is gathered: half the bytes
+        yield name.removeprefix("base_model.model.").replace(".base_layer.", "."), gathered(p)
+
+
+def gathered(p):
+    """A tensor that may be shared out over processes, whole"""
+    return p.full_tensor() if hasattr(p, "full_tensor") else p
 
 
 @dataclass(frozen=True)
@@ -383,6 +428,7 @@ class Engine:
     def __init__(self, args, tokenizer):
         self.args, self.tokenizer, self.stop = args, tokenizer, stop_ids(base_of(args.model), tokenizer)
         self.sampling = Sampling(args.temperature, args.top_p, args.top_k, args.max_response_len)
+        self.idle = 0.0
 
     def generate(self, problems, n, step, sampling=None):
         """n responses to each problem, problem by problem, the same list on every process.
@@ -390,14 +436,23 @@ class Engine:
         `step`, whatever it is, is for the seeds; `sampling` is that of the rollouts unless told.
         """
         requests = [(p, seed_of(self.args.seed, step, p["id"], i)) for p in problems for i in range(n)]
-        mine = requests[rank() :: world()]  # a group is scattered: its long responses do not meet on one GPU
+        share = self.args.vllm_tensor_parallel  # processes that sample together, with the same requests
+        mine = requests[rank() // share :: world() // share]  # a group is scattered: its long responses do not meet
         prompts, seeds = [p["prompt_ids"] for p, _ in mine], [seed for _, seed in mine]
-        sampled = all_gather_rows(self.sample(prompts, seeds, sampling or self.sampling))
+        found, since = self.sample(prompts, seeds, sampling or self.sampling), time.perf_counter()
+        barrier()
+        self.idle += time.perf_counter() - since
+        sampled = in_turn(all_gather(found if rank() % share == 0 else [])[::share])
         texts = self.tokenizer.batch_decode([ids for ids, _ in sampled], skip_special_tokens=True)
         return [
             Response(problem, ids, logp, int(ids[-1]) not in self.stop, text)
             for (problem, _), (ids, logp), text in zip(requests, sampled, texts)
         ]
+
+    def waited(self):
+        """-> seconds that this process has waited for the others' samples, since the last call"""
+        idle, self.idle = self.idle, 0.0
+        return idle
 
     def wake(self):
         pass
@@ -416,32 +471,31 @@ class VllmEngine(Engine):
         super().__init__(args, tokenizer)
         cuda = torch.cuda.is_available()
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING" if cuda else "ERROR")  # else a warning at each sleep
-        if not dist.is_initialized():  # one process, no launcher: vLLM still wants a group, of itself alone
-            alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
-            os.environ.update({name: str(value) for name, value in alone.items()})
+        join_group()
         if not cuda:
-            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+            os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(math.ceil(args.kv_cache_gib or 1))  # GiB
             import vllm._custom_ops
 
             vllm._custom_ops._supports_onednn = False  # else layers keep packed copies, and `load` misses a tied head
         from vllm import LLM
 
-        longest = longest_sequence(args)
+        longest, head = plan.longest(args), {"head_dtype": "float32"} if args.head_dtype == "float32" else {}
         with own_rng():  # LLM() seeds python's, numpy's and torch's generators, alike on every process
             self.llm = LLM(
                 base_of(args.model),
                 dtype=str(compute_dtype()).removeprefix("torch."),
                 distributed_executor_backend="external_launcher",  # in process, in the process group that is there
+                tensor_parallel_size=args.vllm_tensor_parallel,
                 load_format="dummy",  # `load` brings the weights before the first sample
-                enable_sleep_mode=cuda,
+                enable_sleep_mode=cuda and args.sleep == "on",
                 enforce_eager=not cuda,  # CUDA graphs on a GPU; no half minute of compiling on a CPU
-                gpu_memory_utilization=args.vllm_memory,
+                **({"kv_cache_memory_bytes": kv_cache_bytes(args)} if cuda else {"gpu_memory_utilization": 0.3}),
                 max_model_len=longest,
-                max_num_seqs=128,
+                max_num_seqs=plan.MAX_SEQS,
                 max_num_batched_tokens=8192 if cuda else max(8192, longest),
                 enable_chunked_prefill=cuda,  # on a CPU vLLM cannot put back the seed of a prompt it has read in part
                 logprobs_mode="processed_logprobs",  # after temperature, top-k and top-p
-                hf_overrides={"head_dtype": "float32"},  # as in the trainer
+                hf_overrides=head,  # as in the trainer
                 generation_config="vllm",  # sampling as we say, not as the checkpoint says
                 seed=args.seed,
             )
@@ -468,7 +522,7 @@ class VllmEngine(Engine):
         return [(torch.tensor(out.token_ids), torch.tensor(out.logprobs.logprobs)) for out in outs]
 
     def sleep(self):
-        self.llm.sleep(level=2)
+        self.llm.sleep(level=2)  # without vLLM's sleep mode it only stops taking requests
 
     def close(self):
         self.llm.llm_engine.engine_core.shutdown()  # before Accelerate's end: it takes the process group along
@@ -563,6 +617,7 @@ class Pack:
         trained = torch.cat([torch.arange(0), *trained]).to(device())
         self.select, self.labels = trained - 1, self.ids[trained]
         self.rows = torch.tensor(rows, dtype=torch.long).repeat_interleave(counts).to(device())
+        self.lengths, self.last = lengths.tolist() if rows else [], False  # of a mini-batch's packs on this process
         self.engine_logp = torch.cat([torch.zeros(0), *(batch[i].engine_logp for i in rows)]).to(device())
         self.old_logp = self.engine_logp
 
@@ -577,7 +632,7 @@ def minibatches(batch, counted, learned, count, tokens_per_gpu):
     """
     counted, learned = counted.tolist(), learned.tolist()
     lengths = [len(r.problem["prompt_ids"]) + len(r.ids) for r in batch]
-    plan = []
+    minis = []
     for part in torch.arange(len(batch)).tensor_split(count):
         load, packs = [0] * world(), [[] for _ in range(world())]
         rows = [i for i in part.tolist() if counted[i] and learned[i]]
@@ -591,8 +646,11 @@ def minibatches(batch, counted, learned, count, tokens_per_gpu):
             else:
                 packs[r].append([i])
         most = max([len(p) for p in packs] + [any(counted[i] for i in part.tolist())])
-        plan.append([Pack(batch, sorted(pack)) for pack in packs[rank()] + [[]] * (most - len(packs[rank()]))])
-    return plan
+        mine = [Pack(batch, sorted(pack)) for pack in packs[rank()] + [[]] * (most - len(packs[rank()]))]
+        for pack in mine[-1:]:
+            pack.last = True
+        minis.append(mine)
+    return minis
 
 
 def packed_attention(module, q, k, v, mask, scaling=None, dropout=0.0, *, cu_seq_lens_q, max_length_q, **_):
@@ -614,7 +672,7 @@ def packed_attention(module, q, k, v, mask, scaling=None, dropout=0.0, *, cu_seq
 def varlen_attention(q, k, v, starts, longest, scaling):
     from torch.nn.attention.varlen import varlen_attn
 
-    q, k, v = (x[0].transpose(0, 1).to(torch.bfloat16) for x in (q, k, v))  # (S, H, D); autocast leaves q and k in fp32
+    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (S, H, D)
     shared = {"enable_gqa": True}
     if "enable_gqa" not in inspect.signature(varlen_attn).parameters:  # torch 2.11
         shared, k, v = {}, *(x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
@@ -630,36 +688,75 @@ def register_attention():
     AttentionMaskInterface.register("packed", lambda *_, **__: None)  # a pack needs no mask
 
 
-def chunk_logp_entropy(h, weight, labels, temperature):
-    with torch.autocast(h.device.type, enabled=False):  # which would turn this back into bf16
-        z = F.linear(h.float(), weight) / temperature  # (chunk, V)
-        log_total = z.logsumexp(-1)
-        return z.gather(1, labels[:, None])[:, 0] - log_total, log_total - (z.softmax(-1) * z).sum(-1)
+class LogprobEntropy(torch.autograd.Function):
+    """Log-probabilities of the labels and entropies, plan.HEAD_CHUNK tokens at a time: no logits outlive their chunk.
+
+    h (T, hidden), weight (V, hidden), labels (T,) -> (T,), (T,) in fp32; the products are in `dtype`, the softmax is in fp32.
+    """
+
+    @staticmethod
+    def forward(ctx, h, weight, labels, temperature, dtype):
+        ctx.save_for_backward(h, weight, labels)
+        ctx.temperature, ctx.dtype = temperature, dtype
+        ctx.set_materialize_grads(False)
+        logp, entropy = torch.empty(2, len(h), device=h.device)
+        for part, _, log_p in chunks(h, weight.to(dtype), temperature):
+            logp[part] = log_p.gather(1, labels[part, None])[:, 0]
+            entropy[part] = -(log_p.exp() * log_p).sum(-1)
+        return logp, entropy
+
+    @staticmethod
+    def backward(ctx, grad_logp, grad_entropy):
+        h, weight, labels = ctx.saved_tensors
+        w = weight.to(ctx.dtype)
+        grad_logp = torch.zeros(len(h), device=h.device) if grad_logp is None else grad_logp
+        grad_h, grad_w = torch.empty_like(h), torch.zeros_like(w) if ctx.needs_input_grad[1] else None
+        for part, x, log_p in chunks(h, w, ctx.temperature):
+            grad = log_p.exp()  # p (chunk, V), then the gradient of the loss by the logits
+            if grad_entropy is not None:  # of H = - sum p log p: - p (log p + H)
+                slope = (grad * log_p).sum(-1, keepdim=True) - log_p
+                grad *= slope.mul_(grad_entropy[part, None]).sub_(grad_logp[part, None])
+            else:
+                grad *= -grad_logp[part, None]
+            grad.scatter_add_(1, labels[part, None], grad_logp[part, None])  # of log p_y: onehot - p
+            grad = grad.div_(ctx.temperature).to(ctx.dtype)
+            grad_h[part] = grad @ w
+            if grad_w is not None:
+                grad_w += grad.T @ x
+        return grad_h, None if grad_w is None else grad_w.to(weight.dtype), None, None, None
+
+
+def chunks(h, weight, temperature):
+    """-> of some tokens at a time: which, their hidden states, log-probabilities of all words (chunk, V)"""
+    for i in range(0, len(h), plan.HEAD_CHUNK):
+        part = slice(i, i + plan.HEAD_CHUNK)
+        x = h[part].to(weight.dtype)
+        z = F.linear(x, weight).float().div_(temperature)
+        yield part, x, z.sub_(z.logsumexp(-1, keepdim=True))
 
 
 class LogprobHead(torch.nn.Linear):
-    """A language model's output layer that, given labels, returns log-probabilities and entropies instead of logits.
+    """A language model's output layer that, given labels, returns log-probabilities and entropies instead of logits."""
 
-    It works on HEAD_CHUNK tokens at a time and computes their logits again in the backward pass, always in fp32.
-    """
+    dtype = torch.float32  # of the product; None: that of the weights
 
     def forward(self, h, labels=None, temperature=1.0):  # (T, hidden), (T,) -> (T,), (T,)
         if labels is None:
             return super().forward(h)
-        weight, chunks = self.weight.float(), []
-        for i in range(0, max(len(h), 1), HEAD_CHUNK):
-            part = h[i : i + HEAD_CHUNK], weight, labels[i : i + HEAD_CHUNK], temperature
-            chunks.append(checkpoint(chunk_logp_entropy, *part, use_reentrant=False))
-        return tuple(map(torch.cat, zip(*chunks)))
+        return LogprobEntropy.apply(h, self.weight, labels, temperature, self.dtype or self.weight.dtype)
 
 
 class Policy(torch.nn.Module):
     """The language model that is trained. Its forward takes what a pack holds and returns log-probabilities."""
 
-    def __init__(self, lm):
+    replicas = False  # every process has all weights, and adds its gradient to the others' at the last pack alone
+
+    def __init__(self, lm, head_dtype="float32"):
         super().__init__()
         self.lm = lm
-        lm.get_output_embeddings().__class__ = LogprobHead  # the same weights, still tied, still a Linear
+        head = lm.get_output_embeddings()
+        head.__class__ = LogprobHead  # the same weights, still tied, still a Linear
+        head.dtype = torch.float32 if head_dtype == "float32" else None
 
     def forward(self, ids, positions, starts, longest, select, labels, temperature):  # -> (T,), (T,)
         packing = dict(cu_seq_lens_q=starts, cu_seq_lens_k=starts, max_length_q=longest, max_length_k=longest)
@@ -670,6 +767,8 @@ class Policy(torch.nn.Module):
 
 def logprobs(model, pack, temperature):
     """-> log-probabilities and entropies (nats) of a pack's trained tokens at this temperature, both (T,) in fp32"""
+    if getattr(model, "replicas", False):
+        model.set_requires_gradient_sync(pack.last)
     return model(pack.ids, pack.positions, pack.starts, pack.longest, pack.select, pack.labels, temperature)
 
 
@@ -683,6 +782,9 @@ def start(args):
 
     cuda = torch.cuda.is_available()
     check_room(args)
+    shape = shape_of(args)
+    if cuda:
+        refuse_what_does_not_fit(args, shape)
     tokenizer = load_tokenizer(args)
     prompts = args.max_prompt_len, args.template, args.enable_thinking
     problems = Problems(load_problems(data_file(args, args.data), tokenizer, *prompts) if args.steps else [], args.seed)
@@ -697,8 +799,7 @@ def start(args):
         for row in load_problems(file, tokenizer, *prompts)
     ]
     patience = accelerate.InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))  # one rank may sample for long
-    precision = "bf16" if cuda else "no"
-    accelerator = accelerate.Accelerator(cpu=not cuda, mixed_precision=precision, kwargs_handlers=[patience])
+    accelerator = accelerate.Accelerator(cpu=not cuda, mixed_precision="no", kwargs_handlers=[patience])
     use_cores()
     accelerate.utils.set_seed(args.seed)
     register_attention()
@@ -710,24 +811,22 @@ def start(args):
         lm = peft.get_peft_model(lm, adapter)
     if cuda:  # activations are computed again in the backward pass; a tiny model on a CPU has none to speak of
         lm.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model = Policy(lm)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=cuda)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    model = shard(Policy(lm, args.head_dtype), args)
+    optimizer = adam(args, [p for p in model.parameters() if p.requires_grad])
     engine = make_engine(args, tokenizer)
     if rank() == 0:
         (open_run if not args.resume else reopen_run)(args)
     accelerator.wait_for_everyone()
     transformers.utils.logging.disable_progress_bar()  # from here on there is ours
-    first_step = restore(args, accelerator, problems)
-    return accelerator, model, optimizer, engine, problems, Log(args, first_step, eval_problems)
+    first_step = restore(args, model, optimizer, problems)
+    return accelerator, model, optimizer, engine, problems, Log(args, first_step, eval_problems, shape)
 
 
 def check_room(args):
     from transformers import AutoConfig
 
     room = AutoConfig.from_pretrained(base_of(args.model)).get_text_config().max_position_embeddings
-    if (longest := longest_sequence(args)) > room:
+    if (longest := plan.longest(args)) > room:
         fail(
             f"--max_prompt_len {args.max_prompt_len}: with the longest response {longest} tokens, {args.model} has {room}"
         )
@@ -763,10 +862,10 @@ def start_engine(args):
     return engine
 
 
-def load_lm(args):
+def load_lm(args, dtype=torch.float32):
     from transformers import AutoModelForCausalLM
 
-    lm = AutoModelForCausalLM.from_pretrained(base_of(args.model), dtype=torch.float32, attn_implementation="packed")
+    lm = AutoModelForCausalLM.from_pretrained(base_of(args.model), dtype=dtype, attn_implementation="packed")
     if (find(args.model) / ADAPTER).is_file():
         import peft
 
@@ -776,19 +875,67 @@ def load_lm(args):
 
 def reference(args, model):
     """-> the policy as it is before the first step, for `logprobs`: a frozen copy, or with LoRA the same model, adapter off"""
-    policy = unwrap(model)
-    frozen = policy if args.lora_rank else Policy(load_lm(args)).to(device()).requires_grad_(False)
-    adapter_off = policy.lm.disable_adapter if args.lora_rank else contextlib.nullcontext
+    if not args.lora_rank:
+        frozen = Policy(load_lm(args, compute_dtype()), args.head_dtype).requires_grad_(False)
+        return shard(frozen, args)
 
     def forward(*pack):
-        with adapter_off(), torch.autocast(device().type, torch.bfloat16, enabled=torch.cuda.is_available()):
-            return frozen(*pack)
+        with model.lm.disable_adapter():
+            return model(*pack)
 
     return forward
 
 
-def unwrap(model):
-    return getattr(model, "module", model)  # DistributedDataParallel's
+def shard(model, args):
+    """Prepares a Policy for several processes or a GPU, by FSDP2: it computes in bf16 there, keeps and adds up in fp32.
+
+    fsdp: each process keeps its part of every tensor, and has a layer whole only while it computes with it. ddp: the same
+    with parts that are the whole. A gradient is the mean over processes. It is torch's own call, which works on a CPU too.
+    """
+    blocks = [m for m in model.modules() if type(m).__name__ in model.lm._no_split_modules]
+    for block in blocks if args.compile == "on" else []:
+        block.compile(dynamic=True)
+    if world() == 1 and not torch.cuda.is_available():
+        return model
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    join_group()
+    model.replicas = args.sharding == "ddp"
+    sizes, names = ((world(), 1), ("replicate", "shard")) if model.replicas else ((world(),), ("shard",))
+    mesh = init_device_mesh(device().type, sizes, mesh_dim_names=names)
+    precision = MixedPrecisionPolicy(param_dtype=compute_dtype(), reduce_dtype=torch.float32)
+    for module in [*blocks, model]:
+        fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
+    return model
+
+
+def adam(args, trained):
+    """AdamW with its two averages from the start: what a GPU holds is there at once, and a checkpoint never lacks them."""
+    cuda = torch.cuda.is_available()
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=cuda)
+    for p in trained:
+        step = torch.zeros((), device=device() if cuda else "cpu")
+        optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    return optimizer
+
+
+def join_group():
+    """A process group of this process alone where nothing launched several: vLLM and FSDP2 want one."""
+    if not dist.is_initialized():
+        os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})  # vLLM reads them
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def refuse_what_does_not_fit(args, shape):
+    _, gib, _ = plan.here()
+    if wrong := plan.refusal(args, shape, world(), gib):
+        fail(wrong)
+
+
+def kv_cache_bytes(args):
+    return int(plan.kv_cache(args, shape_of(args), world(), plan.here()[1])[0])
 
 
 def use_cores():
@@ -822,15 +969,19 @@ def all_gather(thing):
     return things
 
 
-def all_gather_rows(mine):
-    """The list that was shared out as [rank::world], whole again, on every process"""
-    shares = all_gather(mine)
-    return [shares[i % world()][i // world()] for i in range(sum(map(len, shares)))]
+def in_turn(shares):
+    """Lists that were shared out as [i :: len(shares)] -> the whole list"""
+    return [shares[i % len(shares)][i // len(shares)] for i in range(sum(map(len, shares)))]
 
 
 def spread(function, items):
     """function(items), which gives a list as long, each process doing its part; the same list on all"""
-    return all_gather_rows(function(items[rank() :: world()]))
+    return in_turn(all_gather(function(items[rank() :: world()])))
+
+
+def barrier():
+    if world() > 1:
+        dist.barrier()
 
 
 # ----------------------------------------------------------------------------------------------------- log, run folder
@@ -839,8 +990,8 @@ def spread(function, items):
 class Log:
     """The metrics of one step, over all processes, and the run folder they go to. A script notes; `write` ends the step."""
 
-    def __init__(self, args, first_step, eval_problems):
-        self.args, self.folder = args, Path(args.out)
+    def __init__(self, args, first_step, eval_problems, shape):
+        self.args, self.folder, self.shape = args, Path(args.out), shape
         self.first_step, self.eval_problems = first_step, eval_problems
         if rank() == 0:
             forget(self.folder / "metrics.jsonl", first_step)
@@ -850,7 +1001,7 @@ class Log:
 
     def clear(self):
         self.sums, self.counts, self.maxima = {}, {}, {}
-        self.tokens, self.last_lap = 0, time.perf_counter()
+        self.tokens, self.flops, self.last_lap = 0, 0, time.perf_counter()
 
     def sum(self, name, values, count=0):
         values = torch.as_tensor(values, dtype=torch.double).detach()
@@ -865,12 +1016,13 @@ class Log:
         highest = values.detach().max().item() if len(values) else -math.inf  # an empty pack has no values
         self.maxima[name] = max(self.maxima.get(name, -math.inf), highest)
 
-    def lap(self, phase):
-        """The time since the last lap was spent in this phase."""
+    def lap(self, phase, idle=0.0):
+        """The time since the last lap was spent in this phase, but for `idle` seconds of waiting for other processes."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         now = time.perf_counter()
-        self.sum(f"time/{phase}", (now - self.last_lap) / world())
+        self.sum(f"time/{phase}", (now - self.last_lap - idle) / world())
+        self.sum("time/idle", idle / world())
         self.last_lap = now
 
     def rollout(self, batch, grades, reward, adv):
@@ -894,6 +1046,16 @@ class Log:
             self.max("adv/max", adv.abs())
             self.mean("adv/zero", adv == 0)
 
+    def packs(self, minis):
+        """How well the packs of a rollout are filled and shared out. minis: of this process"""
+        packs = [pack for packs in minis for pack in packs]
+        if packs:
+            mine = [self.shape.flops([n for pack in packs for n in pack.lengths]) for packs in minis]
+            work = torch.tensor(all_gather(mine), dtype=torch.double)  # (processes, mini-batches)
+            self.flops = work.sum().item()
+            self.mean("perf/padding", [1 - sum(pack.lengths) / self.args.tokens_per_gpu for pack in packs])
+            self.mean("perf/imbalance", [work.max(0).values.sum() / work.mean(0).sum().clamp(min=1)])
+
     def write(self, step):
         """Ends the step: a row of metrics.jsonl and, after a rollout, a line on the screen."""
         mine = [float(s) for s in self.sums.values()], list(self.counts.values()), list(self.maxima.values())
@@ -908,6 +1070,8 @@ class Log:
             row["perf/generate_tokens_per_s"] = self.tokens / row["time/generate"]
             trained = dict(zip(self.sums, map(sum, zip(*counts)))).get("train/entropy", 0)
             row["perf/train_tokens_per_s"] = trained / row["time/update"]
+            if self.flops and (rates := plan.rates(plan.here()[2])) and torch.cuda.is_available():
+                row["perf/mfu"] = self.flops / row["time/update"] / world() / rates[0]
         if torch.cuda.is_available():
             row["perf/peak_gpu_gb"] = torch.cuda.max_memory_allocated() / 1e9
         if rank() == 0:
@@ -964,7 +1128,7 @@ def reopen_run(args):
 
 
 def write_settings(args, folder):
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume")}
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "plan")}
     write_aside(folder / "args.json", json.dumps(settings, indent=1))
 
 
@@ -984,38 +1148,78 @@ def versions():
 # --------------------------------------------------------------------------------------------------------- checkpoints
 
 
+def checkpoints(folder):
+    return sorted(p for p in (Path(folder) / "checkpoints").glob("step_*") if p.suffix != ".tmp")
+
+
 def last_checkpoint(folder):
     """-> the number of steps done, its folder; 0, None where there is none"""
-    found = sorted(p for p in (Path(folder) / "checkpoints").glob("step_*") if p.suffix != ".tmp")
+    found = checkpoints(folder)
     return (int(found[-1].name.removeprefix("step_")), found[-1]) if found else (0, None)
 
 
-def save(log, engine, accelerator, model, problems, step):
-    """A folder that transformers and vLLM load, with what a run needs to go on in `state`. The one before it goes."""
+def save(log, engine, model, optimizer, problems, step):
+    """A folder that transformers and vLLM load, with what a run needs to go on in `state`. All but the last few go.
+
+    `state` holds the shards of every process in torch's format for checkpoints, to be read by any number of processes.
+    """
+    import torch.distributed.checkpoint as dcp
+
     folder = log.folder / "checkpoints" / f"step_{step:06d}"
     aside = folder.with_suffix(".tmp")
     if rank() == 0:
         shutil.rmtree(aside, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(aside / "state", safe_serialization=False)  # safetensors would refuse tied weights
-    accelerator.wait_for_everyone()  # each process has a file of its own in there
+    barrier()
+    dcp.save(trained_state(model, optimizer), checkpoint_id=aside / "state", no_dist=world() == 1)
+    save_model(log.args, model, aside)
     if rank() == 0:
-        unwrap(model).lm.save_pretrained(aside)
         engine.tokenizer.save_pretrained(aside)
         (aside / "state" / "cursor.json").write_text(json.dumps(problems.cursor))
         aside.rename(folder)
-        for old in folder.parent.glob("step_*"):
-            if old != folder:
-                shutil.rmtree(old)
-    accelerator.wait_for_everyone()
+        for old in checkpoints(log.folder)[: -log.args.save_total_limit]:
+            shutil.rmtree(old)
+    barrier()
     log.lap("save")
 
 
-def restore(args, accelerator, problems):
+def trained_state(model, optimizer):
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
+    return dict(
+        zip(
+            ("model", "optimizer"),
+            get_state_dict(model, optimizer, options=StateDictOptions(ignore_frozen_params=True)),
+        )
+    )
+
+
+def save_model(args, model, folder):
+    """The model, or peft's adapter, in the precision it computes in. All processes gather, the first writes."""
+    lm = model.lm
+    if args.lora_rank:
+        state = {name: gathered(p) for name, p in lm.named_parameters() if ".lora_" in name}
+    else:
+        state = {name: p.cpu() if rank() == 0 else None for name, p in weights(model)}
+        with torch.device("meta"):
+            lm = type(lm)._from_config(lm.config, dtype=compute_dtype())
+        lm.generation_config = model.lm.generation_config
+    if rank() == 0:
+        lm.save_pretrained(folder, state_dict=state)
+
+
+def restore(args, model, optimizer, problems):
     """-> the number of steps done"""
     step, folder = last_checkpoint(args.out)
     if folder:
-        accelerator.load_state(folder / "state")
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+
+        state = trained_state(model, optimizer)
+        dcp.load(state, checkpoint_id=folder / "state", no_dist=world() == 1)
+        parts = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
+        set_state_dict(
+            model, optimizer, **parts, options=StateDictOptions(strict=False)
+        )  # the frozen ones are not in it
         problems.cursor = json.loads((folder / "state" / "cursor.json").read_text())
     return step
 
@@ -1117,7 +1321,7 @@ def evaluate(engine, pool, log, step):
     log.say(f"after {step} steps | " + " | ".join(line))
     for s in first[:2]:
         log.say(f"  {s['problem']}  ->  {shorten(s['response'])}  ({'right' if s['correct'] else 'wrong'})")
-    log.lap("eval")
+    log.lap("eval", engine.waited())
 
 
 def finish(log, accelerator, engine):

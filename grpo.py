@@ -12,6 +12,8 @@ one after the other.
     accelerate launch grpo.py --kl_coef 0.04
 """
 
+import math
+
 import torch
 
 import common
@@ -49,8 +51,6 @@ DEFAULTS = {  # flag: (laptop, node). Node is the paper. What it leaves open is 
     "top_k": (0, 0),  # open
     "max_prompt_len": (64, 2048),  # open; room for every problem
     "max_response_len": (128, 1024),  # section 4.2
-    "tokens_per_gpu": (4096, 32768),
-    "vllm_memory": (0.3, 0.5),
     "seed": (1, 42),  # the study's
     "eval_every": (40, 20),  # open
     "eval_samples": (1, 8),  # the study's
@@ -157,7 +157,7 @@ def main():
             break
         batch = engine.generate(problems.take(args.prompts_per_step), args.group_size, step)
         engine.sleep()
-        log.lap("generate")
+        log.lap("generate", engine.waited())
 
         # reward
         grades = common.spread(pool.grade, [(r.text, r.problem["answer"]) for r in batch])
@@ -178,6 +178,7 @@ def main():
         learned = (adv != 0) | (args.kl_coef > 0)  # (N,) bool; of the others the gradient is 0
         minis = common.minibatches(batch, lengths > 0, learned, args.minibatches, args.tokens_per_gpu)
         packs = [pack for packs in minis for pack in packs]
+        log.packs(minis)
         fullest = sorted(packs, key=lambda pack: -len(pack.labels))[:1]
         checked = packs if args.old_logp == "recompute" else fullest  # the engine's own are in the others
         with torch.no_grad():
@@ -207,9 +208,9 @@ def main():
                 log.mean("train/clip_low", (ratio < 1 - args.clip_low) & (a < 0))
                 log.mean("train/clip_high", (ratio > 1 + args.clip_high) & (a > 0))
                 log.max("train/ratio_max", ratio)
-            grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-            if not torch.isfinite(grad_norm):
-                raise SystemExit(f"step {step}: the norm of the gradient is {grad_norm.item()}; it was not applied")
+            grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
+            if not math.isfinite(grad_norm):
+                raise SystemExit(f"step {step}: the norm of the gradient is {grad_norm}; it was not applied")
             log.mean("train/grad_norm", grad_norm)
             optimizer.step()
             optimizer.zero_grad()
@@ -217,7 +218,7 @@ def main():
         log.lap("update")
         log.write(step)
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-            common.save(log, engine, accelerator, model, problems, step + 1)
+            common.save(log, engine, model, optimizer, problems, step + 1)
     log.write(args.steps)
     common.finish(log, accelerator, engine)
 

@@ -10,6 +10,8 @@ P prompts, G responses to each, N = P G responses in a batch; T tokens of one pa
     accelerate launch lite_ppo.py --norm group_mean_batch_std
 """
 
+import math
+
 import torch
 
 import common
@@ -45,8 +47,6 @@ DEFAULTS = {  # flag: (laptop, node). Node is the paper: sections 3.1 and 4 and 
     "top_k": (0, 100),  # section 3.1
     "max_prompt_len": (64, 2048),  # appendix A.1 says 1024; two problems of OlympiadBench are longer
     "max_response_len": (128, 8192),  # section 3.1 (appendix A.1 says 8000)
-    "tokens_per_gpu": (4096, 32768),
-    "vllm_memory": (0.3, 0.5),
     "seed": (1, 42),  # appendix A.1
     "eval_every": (40, 20),  # the paper evaluates every step
     "eval_samples": (1, 8),  # not stated; 8 fits the paper's numbers
@@ -140,7 +140,7 @@ def main():
             break
         batch = engine.generate(problems.take(args.prompts_per_step), args.group_size, step)
         engine.sleep()
-        log.lap("generate")
+        log.lap("generate", engine.waited())
 
         # reward
         grades = common.spread(pool.grade, [(r.text, r.problem["answer"]) for r in batch])
@@ -163,6 +163,7 @@ def main():
         learned = adv != 0  # (N,) bool; of the others the gradient is 0
         minis = common.minibatches(batch, lengths > 0, learned, args.minibatches, args.tokens_per_gpu)
         packs = [pack for packs in minis for pack in packs]
+        log.packs(minis)
         fullest = sorted(packs, key=lambda pack: -len(pack.labels))[:1]
         checked = packs if args.old_logp == "recompute" else fullest  # the engine's own are in the others
         with torch.no_grad():
@@ -188,9 +189,9 @@ def main():
                 log.mean("train/clip_low", (ratio < 1 - args.clip_low) & (a < 0))
                 log.mean("train/clip_high", (ratio > 1 + args.clip_high) & (a > 0))
                 log.max("train/ratio_max", ratio)
-            grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-            if not torch.isfinite(grad_norm):
-                raise SystemExit(f"step {step}: the norm of the gradient is {grad_norm.item()}; it was not applied")
+            grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
+            if not math.isfinite(grad_norm):
+                raise SystemExit(f"step {step}: the norm of the gradient is {grad_norm}; it was not applied")
             log.mean("train/grad_norm", grad_norm)
             optimizer.step()
             optimizer.zero_grad()
@@ -198,7 +199,7 @@ def main():
         log.lap("update")
         log.write(step)
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-            common.save(log, engine, accelerator, model, problems, step + 1)
+            common.save(log, engine, model, optimizer, problems, step + 1)
     log.write(args.steps)
     common.finish(log, accelerator, engine)
 

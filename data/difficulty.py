@@ -31,7 +31,6 @@ DEFAULTS = {  # flag: (laptop, node). What the runs start from: the same as in l
     "top_k": (0, 100),
     "max_prompt_len": (64, 2048),
     "max_response_len": (128, 8192),
-    "vllm_memory": (0.3, 0.85),  # nobody trains beside it
     "seed": (1, 42),
 }
 SAMPLES = 8  # responses a problem, section 3.1

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import common
+import plan
 
 
 def one_at_a_time(lm, response, temperature):
@@ -22,7 +23,7 @@ def one_at_a_time(lm, response, temperature):
 def test_packed_equals_one_sequence_at_a_time(policy, temperature, monkeypatch):
     from transformers import AutoModelForCausalLM
 
-    monkeypatch.setattr(common, "HEAD_CHUNK", 37)  # several chunks, the last one short
+    monkeypatch.setattr(plan, "HEAD_CHUNK", 37)  # several chunks, the last one short
     plain = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32, attn_implementation="eager")
     batch = make_batch()
     pack = common.Pack(batch, range(len(batch)))
@@ -39,10 +40,11 @@ def test_packed_equals_one_sequence_at_a_time(policy, temperature, monkeypatch):
         torch.testing.assert_close(got[name].grad, p.grad, atol=1e-5 * float(p.grad.abs().max()), rtol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize("loss", ["logp", "entropy", "both"])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("tokens", [1, 64, 100])
-def test_chunked_head_equals_the_dense_one(tokens, temperature, monkeypatch):
-    monkeypatch.setattr(common, "HEAD_CHUNK", 64)
+def test_chunked_head_equals_the_dense_one(tokens, temperature, loss, monkeypatch):
+    monkeypatch.setattr(plan, "HEAD_CHUNK", 64)
     torch.manual_seed(0)
     head, h, labels = common.LogprobHead(16, 50, bias=False), torch.randn(tokens, 16), torch.randint(50, (tokens,))
     sides = []
@@ -54,10 +56,14 @@ def test_chunked_head_equals_the_dense_one(tokens, temperature, monkeypatch):
             logp, entropy = all_logp.gather(1, labels[:, None])[:, 0], -(all_logp.exp() * all_logp).sum(-1)
         else:
             logp, entropy = head(x, labels, temperature)
-        gradients = torch.autograd.grad((logp + 0.3 * entropy).sum(), [x, head.weight])
-        sides.append([logp, entropy, *gradients])
+        total = {"logp": logp, "entropy": entropy, "both": logp + 0.3 * entropy}[loss].sum()
+        sides.append([logp, entropy, *torch.autograd.grad(total, [x, head.weight])])
     for got, want in zip(*sides):
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    head.requires_grad_(False)
+    logp, entropy = head(x, labels, temperature)
+    total = {"logp": logp, "entropy": entropy, "both": logp + 0.3 * entropy}[loss].sum()
+    torch.testing.assert_close(torch.autograd.grad(total, x)[0], sides[1][2])  # frozen, as with LoRA
 
 
 def test_chunked_head_agrees_with_torch():
@@ -67,11 +73,15 @@ def test_chunked_head_agrees_with_torch():
     torch.testing.assert_close(head(h, labels)[0], want, atol=1e-5, rtol=0)
 
 
-def test_the_head_is_in_fp32_under_autocast():
-    head, h, labels = common.LogprobHead(16, 50, bias=False), torch.randn(30, 16), torch.randint(50, (30,))
-    want = head(h, labels)[0]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        torch.testing.assert_close(head(h, labels)[0], want, atol=0, rtol=0)
+def test_the_head_is_in_fp32_under_a_bf16_model():
+    """Unless --head_dtype model."""
+    head, h, labels = common.LogprobHead(16, 50, bias=False).bfloat16(), torch.randn(30, 16), torch.randint(50, (30,))
+    want = F.linear(h.bfloat16().float(), head.weight.float()).log_softmax(-1).gather(1, labels[:, None])[:, 0]
+    got, _ = head(h.bfloat16(), labels)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+    head.dtype = None
+    coarse, _ = head(h.bfloat16(), labels)
+    assert coarse.dtype == torch.float32 and 1e-4 < (coarse - want).abs().max() < 0.05
 
 
 def test_the_last_token_is_trained_and_the_prompt_is_not():

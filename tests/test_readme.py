@@ -58,10 +58,20 @@ METRICS = {  # every name that is logged, each once
     "eval/SET/accuracy, accuracy_se": "avg@n, n = `--eval_samples`; its standard error, were the problems drawn from more of the kind. `eval/mean`: the plain mean of the sets",
     "eval/SET/pass@K, pass@K_se": "is one of K = `--eval_pass_k` responses right? Unbiased, from n",
     "eval/SET/response_len, truncated, grader_errors": "mean over problems and responses",
-    "time/save, wake, sync, eval, generate, reward, old_logp, update, step": "seconds in each phase; save is the one after the "
-    "step before; step is their sum",
+    "time/save, wake, sync, eval, generate, reward, old_logp, update, idle, step": "seconds in each phase; save is the one after the "
+    "step before; idle: waiting for the samples of slower processes; step is their sum",
     "perf/generate_tokens_per_s, train_tokens_per_s": "response tokens sampled, and trained on, over the time of that phase",
+    "perf/padding, imbalance": "share of the packs' room (`--tokens_per_gpu`) that is empty; work of the busiest process over the mean, "
+    "by mini-batch",
+    "perf/mfu": "FLOPs of the update, what is computed twice counted once, over the GPUs' bf16 peak; where the peak is known",
     "perf/peak_gpu_gb": "memory of this GPU",
+}
+
+
+WHAT = {
+    "rewards": "text in, number out",
+    "common": "flags, engines, packing, sharding, log, checkpoints",
+    "plan": "memory and time of a command, before anything is loaded",
 }
 
 
@@ -73,7 +83,7 @@ def sizes():
         diff = f"+{count[0]} -{count[1]}" if script != "grpo" else "-"
         paper, what = PAPERS[script]
         rows.append(f"| {paper} | [{script}.py]({script}.py) | {len(source(script).splitlines())} | {what} | {diff} |")
-    for name, what in {"rewards": "text in, number out", "common": "flags, engines, packing, log, checkpoints"}.items():
+    for name, what in WHAT.items():
         rows.append(f"| | [{name}.py]({name}.py) | {len(source(name).splitlines())} | {what} | |")
     return rows
 
@@ -142,6 +152,8 @@ def tricks():
 def shared():
     rows = ["| flag | laptop | node: grpo | dapo | lite_ppo | |", "|---|---|---|---|---|---|"]
     for flag, (_, help) in common.FLAGS.items():
+        if flag in common.MACHINE:
+            continue
         laptop, node = zip(*(MODULES[s].DEFAULTS[flag] for s in SCRIPTS))
         assert len(set(laptop)) == 1, f"--{flag}: the laptop is one bench for all scripts"
         cells = [str(v).replace(",", ", ") for v in (laptop[0], *node)]
@@ -157,6 +169,13 @@ def flags():
             if action.dest in MODULES[script].DEFAULTS:
                 found.setdefault(action.dest, {})[script] = action
     return found
+
+
+def machine():
+    rows = ["| flag | laptop | node | |", "|---|---|---|---|"]
+    for flag, (laptop, node) in common.MACHINE.items():
+        rows.append(f"| `--{flag}` | {laptop} | {node} | {common.FLAGS[flag][1]} |")
+    return rows
 
 
 def constants():
@@ -274,6 +293,7 @@ SECTIONS = {
     "differences": differences,
     "tricks": tricks,
     "shared": shared,
+    "machine": machine,
     "data": data,
     "constants": constants,
     "metrics": metrics,

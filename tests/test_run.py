@@ -104,7 +104,7 @@ KILLS = {  # where a run is killed: at which call of what, and how many checkpoi
     "before_first_checkpoint": ("common.Log.clear", 2, 0),
     "before_checkpoint": ("common.save", 2, 1),
     "within_checkpoint": ("transformers.PreTrainedModel.save_pretrained", 2, 1),
-    "before_rename": ("pathlib.Path.rename", 3, 1),
+    "before_rename": ("pathlib.Path.rename", 5, 1),  # the run's folder; twice a checkpoint, of which one is torch's
     "before_old_one_goes": ("shutil.rmtree", 4, 2),
     "within_update": ("common.check_finite", 6, 1),
 }
@@ -232,15 +232,18 @@ def test_two_processes_give_the_same_rollout_and_step(name, tmp_path):
         assert two[0][name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
 
 
-def test_any_split_gives_the_same_gradient(tmp_path):
+@pytest.mark.parametrize("sharding", ["fsdp", "ddp"])
+@pytest.mark.parametrize("budget, survivors", [(10_000, 12), (80, 12), (10_000, 1)])
+def test_any_split_gives_the_same_gradient(budget, survivors, sharding, tmp_path):
     """One process or two, few packs or many; with a single response, the second process has an empty pack."""
-    for processes, budget, survivors in [(1, 80, 12), (2, 10_000, 12), (2, 80, 12), (2, 10_000, 1)]:
-        loss, whole = gradient(10_000, survivors)
-        assert whole.abs().max() > 0
-        torchrun(processes, "tests/workers.py", budget, survivors, tmp_path / "gradient.pt")
-        got_loss, got = torch.load(tmp_path / "gradient.pt")
-        assert got_loss == pytest.approx(loss, rel=1e-5)
-        torch.testing.assert_close(got, whole, atol=1e-5 * float(whole.abs().max()), rtol=1e-5)
+    loss, whole = gradient(10_000, survivors, sharding)
+    assert whole.abs().max() > 0
+    torchrun(2, "tests/workers.py", budget, survivors, tmp_path / "gradient.pt", sharding)
+    got_loss, got = torch.load(tmp_path / "gradient.pt")
+    off = ((got - whole).norm() / whole.norm()).item()
+    print(f"{sharding}, packs of {budget}, {survivors} responses: the gradient is off by {off:.1e} of its length")
+    assert got_loss == pytest.approx(loss, rel=1e-6)
+    assert off < 1e-6
 
 
 LEARN = ["--scale", "laptop", "--data", "easy", "--eval_data", "eval_easy", "--steps", "10", "--lr", "3e-4"]
@@ -507,7 +510,7 @@ def test_every_choice_of_every_trick_changes_the_update(script, tmp_path, monkey
 
 
 def own_flags(script):
-    shared = {"help", "scale", "engine", "out", "resume", *common.FLAGS}
+    shared = {"help", "scale", "engine", "out", "resume", "plan", *common.FLAGS}
     return [a for a in make_parser(script)._actions if a.dest not in shared]
 
 

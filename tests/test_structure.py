@@ -74,18 +74,18 @@ def test_a_script_imports_no_script(script):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_flag_is_read(script):
     module = __import__(script)
-    assert module.DEFAULTS.keys() == common.FLAGS.keys() | SHARED_TRICKS | OWN_TRICKS[script]
-    for flag in module.DEFAULTS:
-        assert re.search(rf"\b(args|a)\.{flag}\b", source(script) + source("common")), f"--{flag} is read nowhere"
+    assert module.DEFAULTS.keys() == common.FLAGS.keys() - common.MACHINE.keys() | SHARED_TRICKS | OWN_TRICKS[script]
+    for flag in module.DEFAULTS | common.MACHINE:
+        assert re.search(rf"\b(args|a)\.{flag}\b", source(script) + source("common") + source("plan")), (
+            f"--{flag} is read nowhere"
+        )
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_default_names_its_source(script):
     rows = re.search(r"^DEFAULTS = \{.*?^\}", source(script), re.S | re.M)[0].splitlines()
-    bare = {"tokens_per_gpu", "vllm_memory"}  # no paper's business
     for row in rows:
-        flag = re.match(r'    "(\w+)": \(.*\),', row)
-        if flag and flag[1] not in bare:
+        if re.match(r'    "(\w+)": \(.*\),', row):
             assert "  # " in row, row
 
 

@@ -6,16 +6,17 @@ import time
 
 import accelerate
 import torch
-from conftest import load_policy, make_batch
+from conftest import engine_args, load_policy, make_batch
 
 import common
 from lite_ppo import advantages, policy_loss, token_weights
 
 
-def gradient(tokens_per_gpu, survivors):
+def gradient(tokens_per_gpu, survivors, sharding):
     """-> loss, gradient of one optimizer step on the first of twelve fixed responses, the fourth and ninth filtered out"""
     accelerator = accelerate.Accelerator(cpu=True)
-    model = accelerator.prepare(load_policy())
+    torch.set_num_threads(1)
+    model = common.shard(load_policy(), engine_args(sharding=sharding))
     batch = make_batch(12)
     lengths = torch.tensor([float(len(r.ids)) for r in batch])
     lengths[[3, 8]] = lengths[survivors:] = 0
@@ -29,11 +30,11 @@ def gradient(tokens_per_gpu, survivors):
         loss = (loss * weight[pack.rows]).sum()
         accelerator.backward(loss * accelerator.num_processes)
         total += loss.item()
-    return sum(common.all_gather(total)), torch.cat([p.grad.flatten() for p in model.parameters()])
+    return sum(common.all_gather(total)), torch.cat([common.gathered(p.grad).flatten() for p in model.parameters()])
 
 
 if __name__ == "__main__":
-    result = gradient(int(sys.argv[1]), int(sys.argv[2]))
+    result = gradient(int(sys.argv[1]), int(sys.argv[2]), sys.argv[4])
     if int(os.environ["RANK"]) == 0:
         torch.save(result, sys.argv[3])
     time.sleep(common.GLOO_REST)
