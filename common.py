@@ -699,10 +699,12 @@ class LogprobEntropy(torch.autograd.Function):
         ctx.save_for_backward(h, weight, labels)
         ctx.temperature, ctx.dtype = temperature, dtype
         ctx.set_materialize_grads(False)
-        logp, entropy = torch.empty(2, len(h), device=h.device)
-        for part, _, log_p in chunks(h, weight.to(dtype), temperature):
+        w, (logp, entropy) = weight.to(dtype), torch.empty(2, len(h), device=h.device)
+        for part in chunks(h):
+            log_p = words_logp(h[part].to(dtype), w, temperature)  # (chunk, V)
             logp[part] = log_p.gather(1, labels[part, None])[:, 0]
-            entropy[part] = -(log_p.exp() * log_p).sum(-1)
+            entropy[part] = -log_p.exp().mul_(log_p).sum(-1)
+            del log_p  # before the next ones are made
         return logp, entropy
 
     @staticmethod
@@ -711,7 +713,9 @@ class LogprobEntropy(torch.autograd.Function):
         w = weight.to(ctx.dtype)
         grad_logp = torch.zeros(len(h), device=h.device) if grad_logp is None else grad_logp
         grad_h, grad_w = torch.empty_like(h), torch.zeros_like(w) if ctx.needs_input_grad[1] else None
-        for part, x, log_p in chunks(h, w, ctx.temperature):
+        for part in chunks(h):
+            x = h[part].to(ctx.dtype)
+            log_p = words_logp(x, w, ctx.temperature)
             grad = log_p.exp()  # p (chunk, V), then the gradient of the loss by the logits
             if grad_entropy is not None:  # of H = - sum p log p: - p (log p + H)
                 slope = (grad * log_p).sum(-1, keepdim=True) - log_p
@@ -723,16 +727,17 @@ class LogprobEntropy(torch.autograd.Function):
             grad_h[part] = grad @ w
             if grad_w is not None:
                 grad_w += grad.T @ x
+            del log_p, grad
         return grad_h, None if grad_w is None else grad_w.to(weight.dtype), None, None, None
 
 
-def chunks(h, weight, temperature):
-    """-> of some tokens at a time: which, their hidden states, log-probabilities of all words (chunk, V)"""
-    for i in range(0, len(h), plan.HEAD_CHUNK):
-        part = slice(i, i + plan.HEAD_CHUNK)
-        x = h[part].to(weight.dtype)
-        z = F.linear(x, weight).float().div_(temperature)
-        yield part, x, z.sub_(z.logsumexp(-1, keepdim=True))
+def chunks(h):
+    return [slice(i, i + plan.HEAD_CHUNK) for i in range(0, len(h), plan.HEAD_CHUNK)]
+
+
+def words_logp(x, weight, temperature):  # (chunk, hidden), (V, hidden) -> (chunk, V)
+    z = F.linear(x, weight).float().div_(temperature)
+    return z.sub_(z.logsumexp(-1, keepdim=True))
 
 
 class LogprobHead(torch.nn.Linear):
@@ -804,11 +809,7 @@ def start(args):
     accelerate.utils.set_seed(args.seed)
     register_attention()
     lm = load_lm(args)
-    if args.lora_rank:
-        import peft
-
-        adapter = peft.LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear")
-        lm = peft.get_peft_model(lm, adapter)
+    lm = add_adapter(lm, args) if args.lora_rank else lm
     if cuda:  # activations are computed again in the backward pass; a tiny model on a CPU has none to speak of
         lm.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = shard(Policy(lm, args.head_dtype), args)
@@ -871,6 +872,13 @@ def load_lm(args, dtype=torch.float32):
 
         lm = peft.PeftModel.from_pretrained(lm, str(find(args.model))).merge_and_unload().requires_grad_(True)
     return lm
+
+
+def add_adapter(lm, args):
+    import peft
+
+    adapter = peft.LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear")
+    return peft.get_peft_model(lm, adapter)
 
 
 def reference(args, model):

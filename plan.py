@@ -154,8 +154,8 @@ def refusal(args, s, gpus, gib):
     if training > room:
         fits = int(args.tokens_per_gpu - (training - room) / (kept(s) + in_a_layer(s))) // 1024 * 1024
         change = [
-            (fits >= args.max_prompt_len + args.max_response_len, f"lower --tokens_per_gpu to {fits}"),
             (args.sharding == "ddp" and gpus > 1, "give --sharding fsdp"),
+            (fits >= args.max_prompt_len + args.max_response_len, f"lower --tokens_per_gpu to {fits}"),
             (args.sleep == "off", "give --sleep on"),
             (not args.lora_rank, "give --lora_rank 32, a smaller --model, or more GPUs"),
             (True, "give a smaller --model or --max_response_len, or more GPUs"),
@@ -166,11 +166,10 @@ def refusal(args, s, gpus, gib):
         advice = "lower it" if args.kv_cache_gib else "give a higher --vllm_tensor_parallel, or --sharding fsdp"
         return f"--kv_cache_gib {args.kv_cache_gib:g}: sampling needs {sampling / GIB:.1f} GiB {asked}; {advice}"
     if cache < longest(args) * token:
-        need = longest(args) * token / GIB
-        return (
-            f"--max_response_len {args.max_response_len}: one response of the longest needs {need:.1f} GiB of keys and "
-            f"values, {cache / GIB:.1f} are free {asked}; lower it, or give a higher --vllm_tensor_parallel"
-        )
+        need = f"the longest response needs {longest(args) * token / GIB:.1f} GiB of keys and values"
+        if args.kv_cache_gib:
+            return f"--kv_cache_gib {args.kv_cache_gib:g}: {need}; raise it"
+        return f"--max_response_len {args.max_response_len}: {need}, {cache / GIB:.1f} are free {asked}; lower it"
 
 
 def seconds(args, s, gpus, cache, token, rates):

@@ -35,11 +35,18 @@ def policy():
     return load_policy()
 
 
-def load_policy(model=BASE):
-    from transformers import AutoModelForCausalLM
-
+def load_policy(model=BASE, lora_rank=0):
+    """With a rank: an adapter that is not 0, the same every time"""
     common.register_attention()
-    return common.Policy(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="packed"))
+    args = engine_args(model=model, lora_rank=lora_rank)
+    lm = common.load_lm(args)
+    policy = common.Policy(common.add_adapter(lm, args) if lora_rank else lm)
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in policy.named_parameters():
+            if ".lora_" in name:
+                p.copy_(0.02 * torch.randn(p.shape, generator=g))
+    return policy
 
 
 def make_batch(count=12, seed=0, longest=60):
@@ -56,6 +63,7 @@ def make_batch(count=12, seed=0, longest=60):
 
 def engine_args(**changes):
     settings = dict(model=BASE, temperature=1.0, top_p=1.0, top_k=0, max_prompt_len=64, max_response_len=64, seed=1)
+    settings["lora_rank"] = 0
     machine = {name: laptop for name, (laptop, _) in common.MACHINE.items()}
     return Namespace(**(machine | settings | dict(eval_max_response_len=64) | changes))
 

@@ -9,18 +9,19 @@ import sys
 
 import pytest
 import torch
+import workers
 from conftest import (
     BASE,
     ROOT,
     SMALL,
     copy_project,
     load_module,
+    load_policy,
     make_parser,
     read_metrics,
     run_main,
     without_times,
 )
-from workers import gradient
 
 import common
 import dapo
@@ -236,14 +237,43 @@ def test_two_processes_give_the_same_rollout_and_step(name, tmp_path):
 @pytest.mark.parametrize("budget, survivors", [(10_000, 12), (80, 12), (10_000, 1)])
 def test_any_split_gives_the_same_gradient(budget, survivors, sharding, tmp_path):
     """One process or two, few packs or many; with a single response, the second process has an empty pack."""
-    loss, whole = gradient(10_000, survivors, sharding)
+    loss, whole = workers.gradient(sharding, 10_000, survivors)
     assert whole.abs().max() > 0
-    torchrun(2, "tests/workers.py", budget, survivors, tmp_path / "gradient.pt", sharding)
+    torchrun(2, "tests/workers.py", "gradient", tmp_path / "gradient.pt", sharding, budget, survivors)
     got_loss, got = torch.load(tmp_path / "gradient.pt")
     off = ((got - whole).norm() / whole.norm()).item()
     print(f"{sharding}, packs of {budget}, {survivors} responses: the gradient is off by {off:.1e} of its length")
     assert got_loss == pytest.approx(loss, rel=1e-6)
     assert off < 1e-6
+
+
+@pytest.mark.parametrize("sharding, dtype, lora_rank", [
+    ("fsdp", "float32", 0), ("fsdp", "bfloat16", 0), ("ddp", "bfloat16", 0), ("fsdp", "float32", 4),
+])  # fmt: skip
+def test_the_engine_is_sent_the_weights(sharding, dtype, lora_rank, tmp_path):
+    """From two processes that share them: to the last bit, or as their rounding; an adapter is added before it."""
+    torchrun(2, "tests/workers.py", "streamed", tmp_path / "weights.pt", sharding, dtype, lora_rank)
+    got, policy = torch.load(tmp_path / "weights.pt"), load_policy(lora_rank=lora_rank)
+    want = dict((policy.lm.merge_and_unload() if lora_rank else policy.lm).named_parameters())
+    assert got.keys() == want.keys()
+    for name, p in want.items():
+        assert got[name].dtype == getattr(torch, dtype)
+        torch.testing.assert_close(got[name], p.detach().to(got[name].dtype), rtol=0, atol=1e-6 if lora_rank else 0)
+    plain = dict(load_policy().lm.named_parameters())
+    assert any(not torch.equal(got[name], plain[name].to(got[name].dtype)) for name in got) == (lora_rank > 0)
+
+
+def test_a_run_goes_on_with_another_number_of_processes(finished, tmp_path):
+    """Two processes with shared-out weights, then one, then two that have all; as if one had done it."""
+    folder = tmp_path / "run"
+    torchrun(2, "lite_ppo.py", *SMALL, "--sharding", "fsdp", "--save_total_limit", 2, "--steps", 2, "--out", folder)
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step_000001", "step_000002"]
+    torchrun(1, "lite_ppo.py", "--resume", folder, "--steps", 3)
+    torchrun(2, "lite_ppo.py", "--resume", folder, "--steps", 4, "--sharding", "ddp")
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step_000003", "step_000004"]
+    for got, want in zip(read_metrics(folder)[:4], read_metrics(finished)[:4]):
+        for name in ("reward/mean", "train/loss", "train/grad_norm", "train/entropy", "rollout/response_len"):
+            assert got[name] == pytest.approx(want[name], rel=1e-4, abs=1e-5), name
 
 
 LEARN = ["--scale", "laptop", "--data", "easy", "--eval_data", "eval_easy", "--steps", "10", "--lr", "3e-4"]

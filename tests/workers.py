@@ -1,29 +1,33 @@
-"""What the tests run under torchrun: the gradient of a fixed batch, from real packs and a real backward pass."""
+"""What the tests run under torchrun, in several processes: `workers.py NAME FILE ARGUMENTS`; the first one leaves what it got in FILE."""
 
-import os
 import sys
 import time
 
 import accelerate
 import torch
+import torch.distributed as dist
 from conftest import engine_args, load_policy, make_batch
 
 import common
 from lite_ppo import advantages, policy_loss, token_weights
 
 
-def gradient(tokens_per_gpu, survivors, sharding):
+def gradient(sharding, tokens_per_gpu, survivors):
     """-> loss, gradient of one optimizer step on the first of twelve fixed responses, the fourth and ninth filtered out"""
     accelerator = accelerate.Accelerator(cpu=True)
     torch.set_num_threads(1)
-    model = common.shard(load_policy(), engine_args(sharding=sharding))
+    policy = load_policy()
+    policy.lm.train().gradient_checkpointing_enable(
+        gradient_checkpointing_kwargs={"use_reentrant": False}
+    )  # as on a GPU
+    model = common.shard(policy, engine_args(sharding=sharding))
     batch = make_batch(12)
     lengths = torch.tensor([float(len(r.ids)) for r in batch])
-    lengths[[3, 8]] = lengths[survivors:] = 0
+    lengths[[3, 8]] = lengths[int(survivors) :] = 0
     rewards = torch.tensor([1.0, 0, 0, 1, 0, 0, 0, 1, 1, 1, 0, 1]).view(3, 4)
     adv, weight = advantages(rewards, "group_mean_batch_std").flatten(), token_weights(lengths, "seq_mean", 64)
     total = 0.0
-    [packs] = common.minibatches(batch, lengths > 0, torch.ones(12), 1, tokens_per_gpu)
+    [packs] = common.minibatches(batch, lengths > 0, torch.ones(12), 1, int(tokens_per_gpu))
     for pack in packs:
         logp, _ = common.logprobs(model, pack, 0.9)
         loss, _ = policy_loss(logp, logp.detach() - 0.1, adv[pack.rows], 0.2, 0.28)
@@ -33,9 +37,18 @@ def gradient(tokens_per_gpu, survivors, sharding):
     return sum(common.all_gather(total)), torch.cat([common.gathered(p.grad).flatten() for p in model.parameters()])
 
 
+def streamed(sharding, dtype, lora_rank):
+    """-> what an engine is sent of the laptop's base model, the trainer computing in this precision"""
+    accelerate.Accelerator(cpu=True)
+    common.compute_dtype = lambda: getattr(torch, dtype)
+    model = common.shard(load_policy(lora_rank=int(lora_rank)), engine_args(sharding=sharding))
+    return {name: p.clone() for name, p in common.weights(model)}
+
+
 if __name__ == "__main__":
-    result = gradient(int(sys.argv[1]), int(sys.argv[2]), sys.argv[4])
-    if int(os.environ["RANK"]) == 0:
-        torch.save(result, sys.argv[3])
+    name, path, *arguments = sys.argv[1:]
+    result = globals()[name](*arguments)
+    if common.rank() == 0:
+        torch.save(result, path)
     time.sleep(common.GLOO_REST)
-    torch.distributed.destroy_process_group()
+    dist.destroy_process_group()
