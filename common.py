@@ -26,6 +26,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -788,8 +789,10 @@ def start(args):
     cuda = torch.cuda.is_available()
     check_room(args)
     shape = shape_of(args)
-    if cuda:
-        refuse_what_does_not_fit(args, shape)
+    if cuda and (wrong := plan.refusal(args, shape, world(), plan.here()[1])):
+        fail(wrong)
+    sys.excepthook = explain(args, shape)
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process saves a checkpoint alone
     tokenizer = load_tokenizer(args)
     prompts = args.max_prompt_len, args.template, args.enable_thinking
     problems = Problems(load_problems(data_file(args, args.data), tokenizer, *prompts) if args.steps else [], args.seed)
@@ -821,6 +824,26 @@ def start(args):
     transformers.utils.logging.disable_progress_bar()  # from here on there is ours
     first_step = restore(args, model, optimizer, problems)
     return accelerator, model, optimizer, engine, problems, Log(args, first_step, eval_problems, shape)
+
+
+def explain(args, shape):
+    """-> for sys.excepthook: what to do when a GPU runs out of memory, or a disk."""
+
+    def hook(kind, error, trace):
+        sys.__excepthook__(kind, error, trace)
+        if issubclass(kind, torch.OutOfMemoryError):
+            _, gib, name = plan.here()
+            print(plan.report(args, shape, world(), gib, name), file=sys.stderr)
+            advice = f"while training lower --tokens_per_gpu {args.tokens_per_gpu}, while sampling --kv_cache_gib"
+            print(f"process {rank()}: the GPU is out of memory; {advice}", file=sys.stderr)
+        if (
+            issubclass(kind, OSError) or kind.__name__ == "CheckpointException"
+        ):  # torch's, of any fault while writing one
+            free = shutil.disk_usage(args.out).free / 1e9
+            advice = f"{free:.1f} GB are free there. A checkpoint is whole or not there; --resume goes on from the last"
+            print(f"process {rank()}: {args.out} could not be written; {advice}", file=sys.stderr)
+
+    return hook
 
 
 def check_room(args):
@@ -934,12 +957,6 @@ def join_group():
         os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})  # vLLM reads them
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-
-
-def refuse_what_does_not_fit(args, shape):
-    _, gib, _ = plan.here()
-    if wrong := plan.refusal(args, shape, world(), gib):
-        fail(wrong)
 
 
 def kv_cache_bytes(args):

@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -187,12 +189,16 @@ def test_more_steps(finished, tmp_path, monkeypatch):
 
 
 def torchrun(processes, *command):
+    done = start_torchrun(processes, *command)
+    assert done.returncode == 0, done.stderr
+
+
+def start_torchrun(processes, *command):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
+    return subprocess.run(
         [*launcher, *map(str, command)], cwd=ROOT, capture_output=True, text=True, env=env, timeout=300
     )
-    assert done.returncode == 0, done.stderr
 
 
 FEW = [
@@ -348,6 +354,57 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
     assert found["step"] == 0 and found["loss"] == "nan" and found["response"] and found["token"] < len(found["ids"])
 
 
+def test_out_of_memory_says_what_to_lower(tmp_path):
+    what = "import lite_ppo, torch; lite_ppo.policy_loss = lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError('CUDA')); lite_ppo.main()"
+    command = [sys.executable, "-c", what, *SMALL, "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "OutOfMemoryError" in done.stderr
+    assert "GiB a GPU" in done.stderr and "in all" in done.stderr
+    assert "process 0: the GPU is out of memory; while training lower --tokens_per_gpu 4096" in done.stderr
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(finished, tmp_path, monkeypatch):
+    """From the second checkpoint on no file may grow beyond 100 kB."""
+    what = """
+import resource, lite_ppo, common
+save, calls = common.save, []
+def full(*args):
+    calls.append(1)
+    if len(calls) == 2:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+    return save(*args)
+common.save = full
+lite_ppo.main()
+"""
+    folder = tmp_path / "run"
+    command = [sys.executable, "-c", what, *SMALL, "--steps", "4", "--out", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "GB are free there. A checkpoint is whole or not there" in done.stderr, done.stderr
+    assert [p.name for p in (folder / "checkpoints").glob("step_??????")] == ["step_000001"]
+    rows = run_main(monkeypatch, lite_ppo, "--resume", folder)
+    assert [without_times(row) for row in rows] == [without_times(row) for row in read_metrics(finished)]
+
+
+def test_a_killed_process_ends_the_run_and_is_named(tmp_path):
+    what = """
+import os, signal, sys, lite_ppo, common
+check, calls = common.check_finite, []
+def kill(*args):
+    calls.append(1)
+    if len(calls) == 3 and common.rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    check(*args)
+common.check_finite = kill
+lite_ppo.main()
+"""
+    script, since = tmp_path / "killed.py", time.monotonic()
+    script.write_text(what)
+    done = start_torchrun(2, script, *SMALL, "--sharding", "fsdp", "--out", tmp_path / "run")
+    print(f"over after {time.monotonic() - since:.0f} s")
+    assert done.returncode == 1 and time.monotonic() - since < 60
+    assert re.search(r"rank +: 1 ", done.stderr) and "Signal 9 (SIGKILL)" in done.stderr, done.stderr
+
+
 # ----------------------------------------------------------------------------------------------------- what is not computed
 
 
@@ -467,7 +524,7 @@ def test_the_reference_is_the_first_policy(tmp_path, monkeypatch):
 def test_copies_of_the_model(more, copies, tmp_path, monkeypatch):
     """The trainer's, and one more only for a KL without LoRA (the hf engine has its own)."""
     load, loaded = common.load_lm, []
-    monkeypatch.setattr(common, "load_lm", lambda args: loaded.append(1) or load(args))
+    monkeypatch.setattr(common, "load_lm", lambda *a: loaded.append(1) or load(*a))
     flags = [x for k, v in more.items() for x in (f"--{k}", v)]
     rows = run_main(monkeypatch, grpo, *SMALL, *flags, "--steps", 1, "--out", tmp_path / "run")
     assert len(loaded) == copies and ("train/kl" in rows[0]) == (more["kl_coef"] > 0)
