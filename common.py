@@ -1,21 +1,14 @@
-"""What every paper needs and no paper is about: flags, engines, packing, start-up, log, checkpoints, evaluation.
+"""What every paper needs and no paper is about: flags, problems, start-up, log, checkpoints, evaluation.
 
-Nothing here knows a trick, holds a training loop or calls back into a script. A script computes on small tensors of the
-whole batch, which every process holds: rewards, advantages, lengths, one number a response. Only the two heavy things
-are shared out and put together again here: sampling (`Engine.generate`) and forward passes (`minibatches` gives each
-process its packs).
-
-N responses in a batch, prompt by prompt; S tokens in a pack, T of them trained (those of the responses).
+Nothing here knows a trick, holds a training loop or calls back into a script. What is trained is in training.py, who samples in
+engines.py; both give every process the same list for the whole batch.
 """
 
 import argparse
 import contextlib
 import datetime
-import gc
-import hashlib
 import importlib.metadata
 import importlib.util
-import inspect
 import json
 import math
 import os
@@ -27,39 +20,38 @@ import subprocess
 import sys
 import time
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import plan
 import rewards
+import training
+from engines import Sampling, make_engine
+from training import (
+    ADAPTER,
+    ROOT,
+    all_gather,
+    barrier,
+    base_of,
+    compute_dtype,
+    find,
+    gathered,
+    rank,
+    spread,
+    use_cores,
+    weights,
+    world,
+)
 
-# accelerate, transformers, vllm and torch's tools for several processes are imported where they are used: the laptop scale first switches their hub off,
-# a wrong flag is answered in a second or two, and a machine without vLLM needs none.
-
-ROOT = Path(__file__).parent
 SYSTEM = r"Please reason step by step, and put your final answer within \boxed{}."  # arXiv 2508.08221, appendix A.2
 PLAIN = "{system}\n\nProblem: {problem}\n\nSolution:"  # --template plain
-CPU_THREADS = 8  # at most, for all processes together; a tiny model has no work for more
 GLOO_REST = 0.5  # seconds for gloo's thread to drop the last barrier; see `finish`
-HF_ROWS = 256  # sequences the hf engine samples at a time
-HF_CROWD = 0.8  # it drops the finished ones whenever fewer than this share is still going
 STALE = {torch.float32: 1e-3, torch.bfloat16: 0.05}  # nats, see `check_engine`; healthy: 1e-7 and about 0.01
 
 # --------------------------------------------------------------------------------------------------------------- flags
-
-
-def rank():
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
-
-
-def world():
-    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
 
 
 def fail(message):
@@ -89,7 +81,6 @@ def number(kind, low, high=math.inf, above=False):
 
 
 COUNT, SIZE, SHARE = number(int, 1), number(float, 0, above=True), number(float, 0, 1, above=True)
-ADAPTER = "adapter_config.json"  # what makes a folder one of peft's
 EVAL_SETTINGS = "eval_samples", "eval_pass_k", "eval_temperature", "eval_top_p", "eval_top_k", "eval_max_response_len"
 FLAGS = {  # the flags all scripts share; their defaults stand in the script
     "model": (str, "a folder with a model, or its name on the Hugging Face hub"),
@@ -182,8 +173,11 @@ def settings(defaults, given):
     return argparse.Namespace(**(column | {"engine": "auto"} | given | {"scale": scale}))
 
 
-def parse_args(p, argv=None):
-    """The flags given, then those of the run to resume, then the script's defaults; whatever is wrong is said here."""
+def parse_args(p, argv=None, reference=lambda args: False):
+    """The flags given, then those of the run to resume, then the script's defaults; whatever is wrong is said here.
+
+    reference: does the script keep the first policy beside the one it trains? For the plan.
+    """
     given, stored = vars(p.parse_args(argv)), {}
     if "resume" in given:
         stored = read_run(given["resume"], p.script) | {"out": given["resume"]}
@@ -192,6 +186,7 @@ def parse_args(p, argv=None):
                 fail(f"--{name} {given[name]}: the run to --resume has {stored.get(name)}; leave the flag out")
     given = {"script": p.script, "out": None, "resume": None, "plan": None} | stored | given
     args = settings(p.table, given)
+    args.reference = reference(args)
     if not args.out:
         usual = vars(settings(p.table, {"scale": args.scale})) | {"scale": here()}
         differ = {k: v for k, v in vars(args).items() if k in usual and v != usual[k] and k != "seed"}
@@ -281,17 +276,6 @@ def fail_at_first(mistakes):
             fail(message)
 
 
-def find(path):
-    """As given, or as seen from the repository where it is there, so that the defaults work from every folder."""
-    return ROOT / path if (ROOT / path).exists() and not Path(path).exists() else Path(path)
-
-
-def base_of(model):
-    """Where a model stands or, of an adapter in a checkpoint of LoRA, the model it belongs to; a name on the hub as it is"""
-    adapter = find(model) / ADAPTER
-    return json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else str(find(model))
-
-
 def data_file(args, name):
     folder = ROOT / "data" / ("tiny" if args.scale == "laptop" else "")
     return find(name) if name.endswith(".jsonl") else folder / f"{name}.jsonl"
@@ -366,418 +350,6 @@ class Problems:
         return [self.rows[i] for i in order[start : start + n]]
 
 
-# ------------------------------------------------------------------------------------------------------------- engines
-
-
-@dataclass
-class Response:
-    problem: dict  # the row it answers, prompt_ids included
-    ids: torch.Tensor  # (L,) its tokens, the end token included if it came to an end
-    engine_logp: torch.Tensor  # (L,) their log-probabilities as the engine sampled them
-    truncated: bool  # cut at the limit
-    text: str
-
-
-def seed_of(seed, step, problem_id, sample):
-    """The seed of one response: a function of what it is, never of who samples it. Within a group no two are equal."""
-    digest = hashlib.sha256(f"{seed} {step} {problem_id}".encode()).digest()
-    return (int.from_bytes(digest[:4], "big") + sample) & 0x7FFFFFFF
-
-
-def stop_ids(model, tokenizer):
-    """What ends a response: the model's and the tokenizer's end, and that of a chat turn, which base models leave out."""
-    from transformers import GenerationConfig
-
-    ids = {tokenizer.eos_token_id, tokenizer.get_vocab().get("<|im_end|>")}
-    with contextlib.suppress(OSError):  # no generation_config.json
-        eos = GenerationConfig.from_pretrained(model).eos_token_id
-        ids |= set(eos if isinstance(eos, list) else [eos])
-    return sorted(ids - {None})
-
-
-def weights(model):
-    """Every parameter by its Hugging Face name, one at a time, whole, as the engine computes. All processes must go through all.
-
-    With LoRA what the adapter adds is in it, summed in fp32 beside the weights, which stay as they are.
-    """
-    lm = model.lm
-    for name, p in lm.named_parameters():
-        if ".lora_" in name:
-            continue
-        if name.endswith(".base_layer.weight"):
-            p = p + lm.get_submodule(name.removesuffix(".base_layer.weight")).get_delta_weight("default")
-        p = p.detach().to(compute_dtype())  # the shard, before it is gathered: half the bytes
-        yield name.removeprefix("base_model.model.").replace(".base_layer.", "."), gathered(p)
-
-
-def gathered(p):
-    """A tensor that may be shared out over processes, whole"""
-    return p.full_tensor() if hasattr(p, "full_tensor") else p
-
-
-@dataclass(frozen=True)
-class Sampling:
-    temperature: float
-    top_p: float
-    top_k: int  # 0: all
-    max_response_len: int
-
-
-class Engine:
-    """Samples from its own copy of the weights. The order of a step: wake, load, generate as often as you like, sleep."""
-
-    def __init__(self, args, tokenizer):
-        self.args, self.tokenizer, self.stop = args, tokenizer, stop_ids(base_of(args.model), tokenizer)
-        self.sampling = Sampling(args.temperature, args.top_p, args.top_k, args.max_response_len)
-        self.idle = 0.0
-
-    def generate(self, problems, n, step, sampling=None):
-        """n responses to each problem, problem by problem, the same list on every process.
-
-        `step`, whatever it is, is for the seeds; `sampling` is that of the rollouts unless told.
-        """
-        requests = [(p, seed_of(self.args.seed, step, p["id"], i)) for p in problems for i in range(n)]
-        share = self.args.vllm_tensor_parallel  # processes that sample together, with the same requests
-        mine = requests[rank() // share :: world() // share]  # a group is scattered: its long responses do not meet
-        prompts, seeds = [p["prompt_ids"] for p, _ in mine], [seed for _, seed in mine]
-        found, since = self.sample(prompts, seeds, sampling or self.sampling), time.perf_counter()
-        barrier()
-        self.idle += time.perf_counter() - since
-        sampled = in_turn(all_gather(found if rank() % share == 0 else [])[::share])
-        texts = self.tokenizer.batch_decode([ids for ids, _ in sampled], skip_special_tokens=True)
-        return [
-            Response(problem, ids, logp, int(ids[-1]) not in self.stop, text)
-            for (problem, _), (ids, logp), text in zip(requests, sampled, texts)
-        ]
-
-    def waited(self):
-        """-> seconds that this process has waited for the others' samples, since the last call"""
-        idle, self.idle = self.idle, 0.0
-        return idle
-
-    def wake(self):
-        pass
-
-    def sleep(self):
-        pass
-
-    def close(self):
-        pass
-
-
-class VllmEngine(Engine):
-    """vLLM in this process, one engine a GPU. Asleep it holds neither weights nor cache (on a CPU it never sleeps)."""
-
-    def __init__(self, args, tokenizer):
-        super().__init__(args, tokenizer)
-        cuda = torch.cuda.is_available()
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING" if cuda else "ERROR")  # else a warning at each sleep
-        join_group()
-        if not cuda:
-            os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(math.ceil(args.kv_cache_gib or 1))  # GiB
-            import vllm._custom_ops
-
-            vllm._custom_ops._supports_onednn = False  # else layers keep packed copies, and `load` misses a tied head
-        from vllm import LLM
-
-        longest, head = plan.longest(args), {"head_dtype": "float32"} if args.head_dtype == "float32" else {}
-        with own_rng():  # LLM() seeds python's, numpy's and torch's generators, alike on every process
-            self.llm = LLM(
-                base_of(args.model),
-                dtype=str(compute_dtype()).removeprefix("torch."),
-                distributed_executor_backend="external_launcher",  # in process, in the process group that is there
-                tensor_parallel_size=args.vllm_tensor_parallel,
-                load_format="dummy",  # `load` brings the weights before the first sample
-                enable_sleep_mode=cuda and args.sleep == "on",
-                enforce_eager=not cuda,  # CUDA graphs on a GPU; no half minute of compiling on a CPU
-                **({"kv_cache_memory_bytes": kv_cache_bytes(args)} if cuda else {"gpu_memory_utilization": 0.3}),
-                max_model_len=longest,
-                max_num_seqs=plan.MAX_SEQS,
-                max_num_batched_tokens=8192 if cuda else max(8192, longest),
-                enable_chunked_prefill=cuda,  # on a CPU vLLM cannot put back the seed of a prompt it has read in part
-                logprobs_mode="processed_logprobs",  # after temperature, top-k and top-p
-                hf_overrides=head,  # as in the trainer
-                generation_config="vllm",  # sampling as we say, not as the checkpoint says
-                seed=args.seed,
-            )
-        self.sleep()
-
-    def wake(self):
-        gc.collect()
-        torch.cuda.empty_cache()  # what the trainer's allocator keeps for later is not free for vLLM
-        self.llm.wake_up(tags=["weights"])
-
-    def load(self, model):
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights(model)})
-        self.llm.reset_prefix_cache()  # its keys and values came from the old weights
-        self.llm.wake_up(tags=["kv_cache"])
-
-    def sample(self, prompts, seeds, how):
-        from vllm import SamplingParams
-
-        settings = dict(temperature=how.temperature, top_p=how.top_p, top_k=how.top_k, max_tokens=how.max_response_len)
-        settings |= dict(stop_token_ids=self.stop, logprobs=0, flat_logprobs=True, detokenize=False)
-        params = [SamplingParams(seed=seed, **settings) for seed in seeds]
-        outs = self.llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
-        outs = [out.outputs[0] for out in outs]
-        return [(torch.tensor(out.token_ids), torch.tensor(out.logprobs.logprobs)) for out in outs]
-
-    def sleep(self):
-        self.llm.sleep(level=2)  # without vLLM's sleep mode it only stops taking requests
-
-    def close(self):
-        self.llm.llm_engine.engine_core.shutdown()  # before Accelerate's end: it takes the process group along
-
-
-class HfEngine(Engine):
-    """The same methods over a transformers model, for machines without vLLM. It never sleeps."""
-
-    def __init__(self, args, tokenizer):
-        super().__init__(args, tokenizer)
-        from transformers import AutoModelForCausalLM
-
-        lm = AutoModelForCausalLM.from_pretrained(
-            base_of(args.model), dtype=compute_dtype(), attn_implementation="sdpa"
-        )
-        self.lm = lm.to(device()).eval().requires_grad_(False)
-
-    def load(self, model):
-        mine = dict(self.lm.named_parameters())
-        for name, p in weights(model):
-            mine.pop(name).copy_(p)
-        assert not mine, f"weights that were not loaded: {sorted(mine)}"
-
-    def sample(self, prompts, seeds, how):
-        parts = [slice(i, i + HF_ROWS) for i in range(0, len(prompts), HF_ROWS)]
-        return [row for part in parts for row in self.sample_rows(prompts[part], seeds[part], how)]
-
-    @torch.no_grad()
-    def sample_rows(self, prompts, seeds, how):
-        from transformers import DynamicCache
-
-        rows, width = torch.arange(len(prompts)), max(map(len, prompts))
-        noise = [torch.rand(how.max_response_len, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        noise, cache = torch.stack(noise), DynamicCache(config=self.lm.config)
-        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device())  # (B, T), padded on the left
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device())  # (B, T)
-        lengths = torch.full((len(prompts),), how.max_response_len)
-        tokens = torch.zeros(len(prompts), how.max_response_len, dtype=torch.long)
-        logps = torch.zeros(len(prompts), how.max_response_len)
-        for t in range(how.max_response_len):
-            inputs = dict(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1)[:, -ids.shape[1] :])
-            logits = self.lm(**inputs, past_key_values=cache, logits_to_keep=1).logits[:, -1].float()  # (B, V)
-            logp = keep_likeliest(logits / how.temperature, how.top_p, how.top_k).log_softmax(-1)  # (B, V)
-            token = draw(logp, noise[rows, t].to(device()))  # (B,)
-            tokens[rows, t], logps[rows, t] = token.cpu(), logp.gather(1, token[:, None])[:, 0].cpu()
-            ended = rows[torch.isin(tokens[rows, t], torch.tensor(self.stop))]
-            lengths[ended] = lengths[ended].clamp(max=t + 1)
-            going = lengths[rows] > t + 1  # (B,)
-            if not going.any():
-                break
-            ids, mask = token[:, None], F.pad(mask, (0, 1), value=1)
-            if going.float().mean() < HF_CROWD:
-                keep = going.nonzero()[:, 0].to(device())
-                cache.batch_select_indices(keep)
-                rows, ids, mask = rows[going], ids[keep], mask[keep]
-        return [(tokens[i, :length].clone(), logps[i, :length].clone()) for i, length in enumerate(lengths.tolist())]
-
-
-def keep_likeliest(logits, top_p, top_k):  # (B, V) -> (B, V), minus infinity where nothing may be sampled
-    from transformers import TopKLogitsWarper, TopPLogitsWarper
-
-    logits = TopKLogitsWarper(min(top_k, logits.shape[1]))(None, logits) if top_k else logits
-    return TopPLogitsWarper(top_p)(None, logits) if top_p < 1 else logits
-
-
-def draw(logp, uniform):  # (B, V), (B,) in [0, 1) -> (B,), where the running total of probability passes `uniform`
-    total = logp.double().exp().cumsum(-1)  # double, so that uniform x total[-1] stays below total[-1]
-    return torch.searchsorted(total, uniform.double()[:, None] * total[:, -1:], right=True)[:, 0]
-
-
-# --------------------------------------------------------------------------------------------------- packs and forward
-
-
-class Pack:
-    """Sequences one after the other in one row, without padding: what one forward pass sees. `rows`: which responses.
-
-    ids, positions (S,): prompts and responses. select (T,): where in S the hidden state stands that predicts a trained
-    token; labels (T,): the token; rows (T,): its response, an index into the batch; engine_logp (T,): its
-    log-probability when it was sampled; old_logp (T,): the same, or what the trainer sets before the first update.
-    """
-
-    def __init__(self, batch, rows):
-        sequences = [torch.cat([torch.tensor(batch[i].problem["prompt_ids"]), batch[i].ids]) for i in rows]
-        sequences = sequences or [torch.zeros(1, dtype=torch.long)]  # an empty pack trains nothing, but takes part
-        lengths = torch.tensor([len(s) for s in sequences])
-        self.longest, ends = int(lengths.max()), lengths.cumsum(0)
-        self.starts = F.pad(ends, (1, 0)).int().to(device())  # (B + 1,), each sequence's first token, and the end
-        self.ids = torch.cat(sequences).to(device())
-        self.positions = torch.cat([torch.arange(n) for n in lengths]).to(device())
-        counts = torch.tensor([len(batch[i].ids) for i in rows], dtype=torch.long)  # trained tokens of each response
-        trained = [torch.arange(end - count, end) for end, count in zip(ends, counts)]
-        trained = torch.cat([torch.arange(0), *trained]).to(device())
-        self.select, self.labels = trained - 1, self.ids[trained]
-        self.rows = torch.tensor(rows, dtype=torch.long).repeat_interleave(counts).to(device())
-        self.lengths, self.last = lengths.tolist() if rows else [], False  # of a mini-batch's packs on this process
-        self.engine_logp = torch.cat([torch.zeros(0), *(batch[i].engine_logp for i in rows)]).to(device())
-        self.old_logp = self.engine_logp
-
-
-def minibatches(batch, counted, learned, count, tokens_per_gpu):
-    """-> for each of `count` optimizer steps the packs of this process, equally many on every process.
-
-    counted, learned (N,) bool: what is in the loss; what of it has a gradient, so that it needs a pass. Mini-batches are
-    stretches of the batch like torch's tensor_split. Within one, responses go to processes by cost, the dearest first to the
-    least loaded, and into the first pack with room. Every process works out the whole plan, from the lengths. A mini-batch in
-    which nothing is counted has no packs; one in which nothing is learned has an empty one: a step with a gradient of 0.
-    """
-    counted, learned = counted.tolist(), learned.tolist()
-    lengths = [len(r.problem["prompt_ids"]) + len(r.ids) for r in batch]
-    minis = []
-    for part in torch.arange(len(batch)).tensor_split(count):
-        load, packs = [0] * world(), [[] for _ in range(world())]
-        rows = [i for i in part.tolist() if counted[i] and learned[i]]
-        for i in sorted(rows, key=lambda i: -lengths[i]):
-            r = load.index(min(load))
-            load[r] += lengths[i] * (24576 + lengths[i])  # a token's work grows with its context; 24576: a 4B-8B model
-            for pack in packs[r]:
-                if sum(lengths[j] for j in pack) + lengths[i] <= tokens_per_gpu:
-                    pack.append(i)
-                    break
-            else:
-                packs[r].append([i])
-        most = max([len(p) for p in packs] + [any(counted[i] for i in part.tolist())])
-        mine = [Pack(batch, sorted(pack)) for pack in packs[rank()] + [[]] * (most - len(packs[rank()]))]
-        for pack in mine[-1:]:
-            pack.last = True
-        minis.append(mine)
-    return minis
-
-
-def packed_attention(module, q, k, v, mask, scaling=None, dropout=0.0, *, cu_seq_lens_q, max_length_q, **_):
-    """Causal attention within each sequence of a pack. q (1, H, S, D), k and v with H or fewer heads -> (1, S, H, D)"""
-    if q.is_cuda:
-        return varlen_attention(q, k, v, cu_seq_lens_q, max_length_q, scaling), None
-    lengths = cu_seq_lens_q.diff()  # (B,); on a CPU: padded to (B, longest) for the attention alone, which is exact
-    rows = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-    slots = torch.arange(q.shape[2]) + rows * max_length_q - cu_seq_lens_q[rows]  # (S,)
-
-    def pad(x):  # (1, H, S, D) -> (B, H, longest, D)
-        padded = x.new_zeros(x.shape[1], len(lengths) * max_length_q, x.shape[3]).index_copy(1, slots, x[0])
-        return padded.view(x.shape[1], len(lengths), max_length_q, x.shape[3]).transpose(0, 1)
-
-    out = F.scaled_dot_product_attention(pad(q), pad(k), pad(v), is_causal=True, scale=scaling, enable_gqa=True)
-    return out.transpose(1, 2).flatten(0, 1)[slots][None], None
-
-
-def varlen_attention(q, k, v, starts, longest, scaling):
-    from torch.nn.attention.varlen import varlen_attn
-
-    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (S, H, D)
-    shared = {"enable_gqa": True}
-    if "enable_gqa" not in inspect.signature(varlen_attn).parameters:  # torch 2.11
-        shared, k, v = {}, *(x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    q, k, v = (x.contiguous() for x in (q, k, v))
-    causal = (-1, 0)  # every token before, none after
-    return varlen_attn(q, k, v, starts, starts, longest, longest, scale=scaling, window_size=causal, **shared)[None]
-
-
-def register_attention():
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    AttentionInterface.register("packed", packed_attention)
-    AttentionMaskInterface.register("packed", lambda *_, **__: None)  # a pack needs no mask
-
-
-class LogprobEntropy(torch.autograd.Function):
-    """Log-probabilities of the labels and entropies, plan.HEAD_CHUNK tokens at a time: no logits outlive their chunk.
-
-    h (T, hidden), weight (V, hidden), labels (T,) -> (T,), (T,) in fp32; the products are in `dtype`, the softmax is in fp32.
-    """
-
-    @staticmethod
-    def forward(ctx, h, weight, labels, temperature, dtype):
-        ctx.save_for_backward(h, weight, labels)
-        ctx.temperature, ctx.dtype = temperature, dtype
-        ctx.set_materialize_grads(False)
-        w, (logp, entropy) = weight.to(dtype), torch.empty(2, len(h), device=h.device)
-        for part in chunks(h):
-            log_p = words_logp(h[part].to(dtype), w, temperature)  # (chunk, V)
-            logp[part] = log_p.gather(1, labels[part, None])[:, 0]
-            entropy[part] = -log_p.exp().mul_(log_p).sum(-1)
-            del log_p  # before the next ones are made
-        return logp, entropy
-
-    @staticmethod
-    def backward(ctx, grad_logp, grad_entropy):
-        h, weight, labels = ctx.saved_tensors
-        w = weight.to(ctx.dtype)
-        grad_logp = torch.zeros(len(h), device=h.device) if grad_logp is None else grad_logp
-        grad_h, grad_w = torch.empty_like(h), torch.zeros_like(w) if ctx.needs_input_grad[1] else None
-        for part in chunks(h):
-            x = h[part].to(ctx.dtype)
-            log_p = words_logp(x, w, ctx.temperature)
-            grad = log_p.exp()  # p (chunk, V), then the gradient of the loss by the logits
-            if grad_entropy is not None:  # of H = - sum p log p: - p (log p + H)
-                slope = (grad * log_p).sum(-1, keepdim=True) - log_p
-                grad *= slope.mul_(grad_entropy[part, None]).sub_(grad_logp[part, None])
-            else:
-                grad *= -grad_logp[part, None]
-            grad.scatter_add_(1, labels[part, None], grad_logp[part, None])  # of log p_y: onehot - p
-            grad = grad.div_(ctx.temperature).to(ctx.dtype)
-            grad_h[part] = grad @ w
-            if grad_w is not None:
-                grad_w += grad.T @ x
-            del log_p, grad
-        return grad_h, None if grad_w is None else grad_w.to(weight.dtype), None, None, None
-
-
-def chunks(h):
-    return [slice(i, i + plan.HEAD_CHUNK) for i in range(0, len(h), plan.HEAD_CHUNK)]
-
-
-def words_logp(x, weight, temperature):  # (chunk, hidden), (V, hidden) -> (chunk, V)
-    z = F.linear(x, weight).float().div_(temperature)
-    return z.sub_(z.logsumexp(-1, keepdim=True))
-
-
-class LogprobHead(torch.nn.Linear):
-    """A language model's output layer that, given labels, returns log-probabilities and entropies instead of logits."""
-
-    dtype = torch.float32  # of the product; None: that of the weights
-
-    def forward(self, h, labels=None, temperature=1.0):  # (T, hidden), (T,) -> (T,), (T,)
-        if labels is None:
-            return super().forward(h)
-        return LogprobEntropy.apply(h, self.weight, labels, temperature, self.dtype or self.weight.dtype)
-
-
-class Policy(torch.nn.Module):
-    """The language model that is trained. Its forward takes what a pack holds and returns log-probabilities."""
-
-    replicas = False  # every process has all weights, and adds its gradient to the others' at the last pack alone
-
-    def __init__(self, lm, head_dtype="float32"):
-        super().__init__()
-        self.lm = lm
-        head = lm.get_output_embeddings()
-        head.__class__ = LogprobHead  # the same weights, still tied, still a Linear
-        head.dtype = torch.float32 if head_dtype == "float32" else None
-
-    def forward(self, ids, positions, starts, longest, select, labels, temperature):  # -> (T,), (T,)
-        packing = dict(cu_seq_lens_q=starts, cu_seq_lens_k=starts, max_length_q=longest, max_length_k=longest)
-        body, head = self.lm.get_decoder(), self.lm.get_output_embeddings()
-        h = body(input_ids=ids[None], position_ids=positions[None], use_cache=False, **packing).last_hidden_state
-        return head(h[0, select], labels, temperature)
-
-
-def logprobs(model, pack, temperature):
-    """-> log-probabilities and entropies (nats) of a pack's trained tokens at this temperature, both (T,) in fp32"""
-    if getattr(model, "replicas", False):
-        model.set_requires_gradient_sync(pack.last)
-    return model(pack.ids, pack.positions, pack.starts, pack.longest, pack.select, pack.labels, temperature)
-
-
 # ------------------------------------------------------------------------------------------------------------ start-up
 
 
@@ -810,13 +382,13 @@ def start(args):
     accelerator = accelerate.Accelerator(cpu=not cuda, mixed_precision="no", kwargs_handlers=[patience])
     use_cores()
     accelerate.utils.set_seed(args.seed)
-    register_attention()
-    lm = load_lm(args)
-    lm = add_adapter(lm, args) if args.lora_rank else lm
+    training.register_attention()
+    lm = training.load_lm(args)
+    lm = training.add_adapter(lm, args) if args.lora_rank else lm
     if cuda:  # activations are computed again in the backward pass; a tiny model on a CPU has none to speak of
         lm.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model = shard(Policy(lm, args.head_dtype), args)
-    optimizer = adam(args, [p for p in model.parameters() if p.requires_grad])
+    model = training.shard(training.Policy(lm, args.head_dtype), args)
+    optimizer = training.adam(args, [p for p in model.parameters() if p.requires_grad])
     engine = make_engine(args, tokenizer)
     if rank() == 0:
         (open_run if not args.resume else reopen_run)(args)
@@ -867,11 +439,6 @@ def load_tokenizer(args):
     return tokenizer
 
 
-def make_engine(args, tokenizer):
-    auto = args.engine == "auto" and torch.cuda.is_available() and importlib.util.find_spec("vllm")
-    return (VllmEngine if auto or args.engine == "vllm" else HfEngine)(args, tokenizer)
-
-
 def start_engine(args):
     """-> an engine with the weights of --model, where nobody trains"""
     import accelerate
@@ -879,134 +446,11 @@ def start_engine(args):
     accelerate.PartialState(cpu=not torch.cuda.is_available())  # the process group, if there are several
     check_room(args)
     use_cores()
-    register_attention()
+    training.register_attention()
     engine = make_engine(args, load_tokenizer(args))
     engine.wake()
-    engine.load(Policy(load_lm(args)))
+    engine.load(training.Policy(training.load_lm(args)))
     return engine
-
-
-def load_lm(args, dtype=torch.float32):
-    from transformers import AutoModelForCausalLM
-
-    lm = AutoModelForCausalLM.from_pretrained(base_of(args.model), dtype=dtype, attn_implementation="packed")
-    if (find(args.model) / ADAPTER).is_file():
-        import peft
-
-        lm = peft.PeftModel.from_pretrained(lm, str(find(args.model))).merge_and_unload().requires_grad_(True)
-    return lm
-
-
-def add_adapter(lm, args):
-    import peft
-
-    adapter = peft.LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear")
-    return peft.get_peft_model(lm, adapter)
-
-
-def reference(args, model):
-    """-> the policy as it is before the first step, for `logprobs`: a frozen copy, or with LoRA the same model, adapter off"""
-    if not args.lora_rank:
-        frozen = Policy(load_lm(args, compute_dtype()), args.head_dtype).requires_grad_(False)
-        return shard(frozen, args)
-
-    def forward(*pack):
-        with model.lm.disable_adapter():
-            return model(*pack)
-
-    return forward
-
-
-def shard(model, args):
-    """Prepares a Policy for several processes or a GPU, by FSDP2: it computes in bf16 there, keeps and adds up in fp32.
-
-    fsdp: each process keeps its part of every tensor, and has a layer whole only while it computes with it. ddp: the same
-    with parts that are the whole. A gradient is the mean over processes. It is torch's own call, which works on a CPU too.
-    """
-    blocks = [m for m in model.modules() if type(m).__name__ in model.lm._no_split_modules]
-    for block in blocks if args.compile == "on" else []:
-        block.compile(dynamic=True)
-    if world() == 1 and not torch.cuda.is_available():
-        return model
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    join_group()
-    model.replicas = args.sharding == "ddp"
-    sizes, names = ((world(), 1), ("replicate", "shard")) if model.replicas else ((world(),), ("shard",))
-    mesh = init_device_mesh(device().type, sizes, mesh_dim_names=names)
-    precision = MixedPrecisionPolicy(param_dtype=compute_dtype(), reduce_dtype=torch.float32)
-    for module in [*blocks, model]:
-        fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
-    return model
-
-
-def adam(args, trained):
-    """AdamW with its two averages from the start: what a GPU holds is there at once, and a checkpoint never lacks them."""
-    cuda = torch.cuda.is_available()
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=cuda)
-    for p in trained:
-        step = torch.zeros((), device=device() if cuda else "cpu")
-        optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-    return optimizer
-
-
-def join_group():
-    """A process group of this process alone where nothing launched several: vLLM and FSDP2 want one."""
-    if not dist.is_initialized():
-        os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})  # vLLM reads them
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-
-
-def kv_cache_bytes(args):
-    return int(plan.kv_cache(args, shape_of(args), world(), plan.here()[1])[0])
-
-
-def use_cores():
-    if not torch.cuda.is_available():
-        torch.set_num_threads(max(1, min(CPU_THREADS, os.cpu_count()) // world()))  # accelerate launch says 1
-
-
-def device():
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def compute_dtype():
-    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
-
-
-@contextlib.contextmanager
-def own_rng():
-    """Puts the random generators of this process back as they were."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
-        yield
-    random.setstate(python)
-    np.random.set_state(numpy)
-
-
-def all_gather(thing):
-    """-> the list of every process's `thing`, in rank order"""
-    things = [thing] * world()
-    if world() > 1:
-        dist.all_gather_object(things, thing)
-    return things
-
-
-def in_turn(shares):
-    """Lists that were shared out as [i :: len(shares)] -> the whole list"""
-    return [shares[i % len(shares)][i // len(shares)] for i in range(sum(map(len, shares)))]
-
-
-def spread(function, items):
-    """function(items), which gives a list as long, each process doing its part; the same list on all"""
-    return in_turn(all_gather(function(items[rank() :: world()])))
-
-
-def barrier():
-    if world() > 1:
-        dist.barrier()
 
 
 # ----------------------------------------------------------------------------------------------------- log, run folder
@@ -1139,7 +583,7 @@ def open_run(args):
     aside = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(aside, ignore_errors=True)
     (aside / "source").mkdir(parents=True)
-    for name in (args.script, "common", "rewards"):
+    for name in (args.script, "common", "engines", "plan", "rewards", "training"):
         shutil.copy(ROOT / f"{name}.py", aside / "source")
     write_settings(args, aside)
     (aside / "versions.json").write_text(json.dumps(versions(), indent=1))

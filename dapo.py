@@ -24,6 +24,7 @@ import math
 import torch
 
 import common
+import training
 from rewards import GradePool
 
 DEFAULTS = {  # flag: (laptop, node). Node is the paper. What it leaves open is marked so; the model and the evaluation
@@ -219,14 +220,14 @@ def main():
 
         # old policy: frozen for all mini-batches of this rollout
         learned = adv != 0  # (N,) bool; of the others the gradient is 0
-        minis = common.minibatches(batch, lengths > 0, learned, args.minibatches, args.tokens_per_gpu)
+        minis = training.minibatches(batch, lengths > 0, learned, args.minibatches, args.tokens_per_gpu)
         packs = [pack for packs in minis for pack in packs]
         log.packs(minis)
         fullest = sorted(packs, key=lambda pack: -len(pack.labels))[:1]
         checked = packs if args.old_logp == "recompute" else fullest  # the engine's own are in the others
         with torch.no_grad():
             for pack in checked:
-                pack.old_logp, _ = common.logprobs(model, pack, args.temperature)  # (T,)
+                pack.old_logp, _ = training.logprobs(model, pack, args.temperature)  # (T,)
         common.check_engine(log, checked)
         log.lap("old_logp")
 
@@ -237,7 +238,7 @@ def main():
             if not packs:  # all filtered: nothing to learn from, so not even Adam's momentum moves the weights
                 continue
             for pack in packs:
-                logp, entropy = common.logprobs(model, pack, args.temperature)  # (T,)
+                logp, entropy = training.logprobs(model, pack, args.temperature)  # (T,)
                 a, w = adv[pack.rows], weight[pack.rows]  # (T,)
                 loss, ratio = policy_loss(logp, pack.old_logp, a, args.clip_low, args.clip_high)  # (T,)
                 common.check_finite(log, step, pack, batch, loss)

@@ -17,6 +17,7 @@ import math
 import torch
 
 import common
+import training
 from rewards import GradePool
 
 DEFAULTS = {  # flag: (laptop, node). Node is the paper. What it leaves open is marked so; the model and the evaluation
@@ -132,7 +133,7 @@ def parse_args(argv=None):
     p.add_argument("--kl_coef", type=common.number(float, 0), help="weight of the KL; 0: no reference model either")
     p.add_argument("--kl_estimator", choices=KLS, help="how the KL is estimated from the sampled tokens")
     p.add_argument("--wrong_reward", type=int, choices=[0, -1], help="of a wrong response; a right one has 1")
-    args = common.parse_args(p, argv)
+    args = common.parse_args(p, argv, reference=lambda args: args.kl_coef > 0)
     if args.group_size == 1 and "group" in args.norm:
         common.fail(f"--group_size 1: never differs from its own mean under --norm {args.norm}; give 2 or more")
     if args.minibatches == 1 and common.rank() == 0:
@@ -143,7 +144,7 @@ def parse_args(argv=None):
 def main():
     args = parse_args()
     accelerator, model, optimizer, engine, problems, log = common.start(args)
-    ref_model = common.reference(args, model) if args.kl_coef > 0 else None
+    ref_model = training.reference(args, model) if args.kl_coef > 0 else None
     pool = GradePool()
     for step in range(log.first_step, args.steps + 1):
         # rollout: G responses to each prompt, from the current policy
@@ -176,16 +177,16 @@ def main():
 
         # old policy: frozen for all mini-batches of this rollout
         learned = (adv != 0) | (args.kl_coef > 0)  # (N,) bool; of the others the gradient is 0
-        minis = common.minibatches(batch, lengths > 0, learned, args.minibatches, args.tokens_per_gpu)
+        minis = training.minibatches(batch, lengths > 0, learned, args.minibatches, args.tokens_per_gpu)
         packs = [pack for packs in minis for pack in packs]
         log.packs(minis)
         fullest = sorted(packs, key=lambda pack: -len(pack.labels))[:1]
         checked = packs if args.old_logp == "recompute" else fullest  # the engine's own are in the others
         with torch.no_grad():
             for pack in checked:
-                pack.old_logp, _ = common.logprobs(model, pack, args.temperature)  # (T,)
+                pack.old_logp, _ = training.logprobs(model, pack, args.temperature)  # (T,)
             for pack in packs if ref_model else []:
-                pack.ref_logp, _ = common.logprobs(ref_model, pack, args.temperature)  # (T,)
+                pack.ref_logp, _ = training.logprobs(ref_model, pack, args.temperature)  # (T,)
         common.check_engine(log, checked)
         log.lap("old_logp")
 
@@ -194,7 +195,7 @@ def main():
         optimizer.param_groups[0]["lr"] = lr
         for packs in minis:
             for pack in packs:
-                logp, entropy = common.logprobs(model, pack, args.temperature)  # (T,)
+                logp, entropy = training.logprobs(model, pack, args.temperature)  # (T,)
                 a, w = adv[pack.rows], weight[pack.rows]  # (T,)
                 loss, ratio = policy_loss(logp, pack.old_logp, a, args.clip_low, args.clip_high)  # (T,)
                 if ref_model:

@@ -100,7 +100,7 @@ def memory(args, s, gpus):
         "weights, fp32": (4 * (trained + frozen) / share,) * 2,
         "Adam's two averages": (8 * trained / share,) * 2,
         "gradients, fp32": (0, 4 * trained / share),
-        "reference, bf16": (2 * s.params / share * bool(getattr(args, "kl_coef", 0) and not args.lora_rank),) * 2,
+        "reference, bf16": (2 * s.params / share * (args.reference and not args.lora_rank),) * 2,
         "whole layers, bf16": (0, 2 * (outer + 2 * s.layer)),  # the one that computes and the one that comes next
         "their gradients": (0, 0 if frozen else 2 * outer + 6 * s.layer),
         "kept between layers": (0, args.tokens_per_gpu * kept(s)),
@@ -182,7 +182,7 @@ def seconds(args, s, gpus, cache, token, rates):
     one = (read + at_once * token * mean / 2) / bandwidth / BANDWIDTH
     tail = (args.max_response_len - mean) * read / bandwidth / BANDWIDTH  # the longest one, alone at the end
     work = s.flops([mean] * responses, lora=args.lora_rank > 0) / gpus / flops / MFU
-    passes = (args.old_logp == "recompute") + bool(getattr(args, "kl_coef", 0))
+    passes = (args.old_logp == "recompute") + args.reference
     return {
         "sync": SYNC,
         "generate": responses / engines / at_once * mean * one + tail,

@@ -19,6 +19,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common  # noqa: E402
 import rewards  # noqa: E402
+import training  # noqa: E402
 from plots.difficulty import draw  # noqa: E402
 
 DEFAULTS = {  # flag: (laptop, node). What the runs start from: the same as in lite_ppo.py
@@ -82,11 +83,11 @@ def main(argv=None):
             path, engine.tokenizer, args.max_prompt_len, args.template, args.enable_thinking
         )
         rows, parts = [], range(0, len(problems), PART)
-        for i in tqdm(parts, desc=path.stem, unit=f" x {PART} problems", disable=common.rank() > 0):
+        for i in tqdm(parts, desc=path.stem, unit=f" x {PART} problems", disable=training.rank() > 0):
             rows += count(engine, pool, problems[i : i + PART], args.samples)
-        if common.rank() == 0:
+        if training.rank() == 0:
             common.write_aside(counts_file(path), "".join(json.dumps(row) + "\n" for row in rows))
-    if common.rank() == 0:
+    if training.rank() == 0:
         report(paths, args.keep)
     if engine:
         engine.close()

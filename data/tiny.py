@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common  # noqa: E402
+import engines  # noqa: E402
 import rewards  # noqa: E402
 
 FOLDER = Path(__file__).parent / "tiny"
@@ -271,7 +272,7 @@ def measure(style):
     """Prints pass@1 and pass@8 of a model on the evaluation sets, at temperature 1 and the limit of the laptop scale."""
     settings = dict(model=str(FOLDER / style), temperature=1.0, top_p=1.0, top_k=0, max_response_len=128, seed=0)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(FOLDER / style)
-    engine = common.HfEngine(argparse.Namespace(**settings), tokenizer)
+    engine = engines.HfEngine(argparse.Namespace(**settings), tokenizer)
     for name in SETS:
         if name.startswith("eval_"):
             problems = common.load_problems(FOLDER / f"{name}.jsonl", tokenizer, max_prompt_len=64)

@@ -58,9 +58,10 @@ def run_trl(out, seed):
     import trl
 
     import common
+    import training
     from rewards import GradePool
 
-    common.use_cores()
+    training.use_cores()
     model = ROOT / "data" / "tiny" / "base"
     tokenizer, pool, begun, means = transformers.AutoTokenizer.from_pretrained(model), GradePool(), [], []
     rows = [json.loads(line) for line in (ROOT / "data" / "tiny" / "hard.jsonl").read_text().splitlines()]

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 import common
+import engines
+import training
 
 
 def pytest_configure(config):
@@ -21,6 +23,7 @@ def pytest_configure(config):
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ["grpo", "dapo", "lite_ppo"]
+SHARED = ["common", "engines", "plan", "rewards", "training"]
 BASE = str(ROOT / "data" / "tiny" / "base")
 SMALL = [  # a run of seconds: two rollouts of sixteen short responses, that learns
     *("--data", "easy", "--lr", "3e-4"),
@@ -37,10 +40,10 @@ def policy():
 
 def load_policy(model=BASE, lora_rank=0):
     """With a rank: an adapter that is not 0, the same every time"""
-    common.register_attention()
+    training.register_attention()
     args = engine_args(model=model, lora_rank=lora_rank)
-    lm = common.load_lm(args)
-    policy = common.Policy(common.add_adapter(lm, args) if lora_rank else lm)
+    lm = training.load_lm(args)
+    policy = training.Policy(training.add_adapter(lm, args) if lora_rank else lm)
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, p in policy.named_parameters():
@@ -57,7 +60,7 @@ def make_batch(count=12, seed=0, longest=60):
         length = int(torch.randint(1, longest, (1,), generator=g))
         prompt = torch.randint(5, 90, (int(torch.randint(3, 20, (1,), generator=g)),), generator=g).tolist()
         ids = torch.randint(5, 90, (length,), generator=g)
-        batch.append(common.Response({"id": str(i), "prompt_ids": prompt}, ids, torch.zeros(length), i % 5 == 0, ""))
+        batch.append(engines.Response({"id": str(i), "prompt_ids": prompt}, ids, torch.zeros(length), i % 5 == 0, ""))
     return batch
 
 
@@ -88,7 +91,7 @@ def make_parser(script):
     made, parser = [], common.parser
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "parser", lambda *a: made.append(parser(*a)) or made[0])
-        patch.setattr(common, "parse_args", lambda p, argv: sys.exit())
+        patch.setattr(common, "parse_args", lambda *_, **__: sys.exit())
         with pytest.raises(SystemExit):
             script.parse_args([])
     return made[0]

@@ -7,7 +7,8 @@ import pytest
 import torch
 from conftest import BASE, engine_args, load_policy
 
-import common
+import engines
+import training
 
 PROMPTS = ["what is 1 + 2?", "what is 17 - 5 + 3?", "what is 40 + 20 - 13 + 9?", "what is 7 + 7 + 7?"]
 
@@ -21,7 +22,7 @@ def make_problems(tokenizer, prompts=PROMPTS):
 def engine(request):
     from transformers import AutoTokenizer
 
-    kind = {"hf": common.HfEngine, "vllm": common.VllmEngine}[request.param]
+    kind = {"hf": engines.HfEngine, "vllm": engines.VllmEngine}[request.param]
     engine = kind(engine_args(max_prompt_len=400), AutoTokenizer.from_pretrained(BASE))
     yield engine
     engine.close()
@@ -45,9 +46,9 @@ def generate(engine, policy, n=8, problems=None, step=0, sampling=None):
 
 
 def gap(policy, batch, temperature=1.0):
-    pack = common.Pack(batch, range(len(batch)))
+    pack = training.Pack(batch, range(len(batch)))
     with torch.no_grad():
-        return common.logprobs(policy, pack, temperature)[0] - pack.engine_logp
+        return training.logprobs(policy, pack, temperature)[0] - pack.engine_logp
 
 
 def test_load_brings_the_weights(engine):
@@ -89,26 +90,26 @@ def test_more_prompt_tokens_than_one_pass_takes(engine):
     for i, problem in enumerate(problems):
         problem["id"] = f"long{i}"
     assert 8192 < sum(len(p["prompt_ids"]) for p in problems)
-    batch = generate(engine, policy, n=1, problems=problems, sampling=common.Sampling(1.0, 1.0, 0, 20))
+    batch = generate(engine, policy, n=1, problems=problems, sampling=engines.Sampling(1.0, 1.0, 0, 20))
     assert len(batch) == 30 and gap(policy, batch).abs().max() < 1e-4
 
 
 def test_temperature(engine):
     policy = load_policy()
-    batch = generate(engine, policy, sampling=common.Sampling(0.6, 1.0, 0, 64))
+    batch = generate(engine, policy, sampling=engines.Sampling(0.6, 1.0, 0, 64))
     assert gap(policy, batch, 0.6).abs().max() < 1e-4
     assert gap(policy, batch, 1.0).abs().mean() > 1e-3
 
 
 def test_top_k_and_top_p(engine):
     policy = shaken(6, 1.0)
-    batch = generate(engine, policy, sampling=common.Sampling(1.0, 0.8, 3, 64))
+    batch = generate(engine, policy, sampling=engines.Sampling(1.0, 0.8, 3, 64))
     assert gap(policy, batch).max() < 1e-4  # never likelier to the trainer: the engine shares out what was cut off
     assert gap(policy, batch).mean() < -0.1
 
 
 def test_greedy_and_length(engine):
-    batch = generate(engine, shaken(6, 1.0), sampling=common.Sampling(1.0, 1.0, 1, 20))
+    batch = generate(engine, shaken(6, 1.0), sampling=engines.Sampling(1.0, 1.0, 1, 20))
     assert all(r.engine_logp.abs().max() < 1e-6 and len(r.ids) <= 20 for r in batch)
     assert all(len({tuple(ids) for ids in tokens(batch)[8 * i : 8 * i + 8]}) == 1 for i in range(4))
 

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 import common
+import engines
 import lite_ppo
 
 # ------------------------------------------------------------------------------------------------------------ numbers
@@ -134,9 +135,9 @@ def test_the_prompt_has_its_marks_as_tokens(qwen3, tmp_path):
 
 def test_what_ends_a_response(qwen3, tmp_path):
     """The end of the text and the end of a turn, though a base model's files name but the first"""
-    assert common.stop_ids(tmp_path, qwen3) == [1, 3]
+    assert engines.stop_ids(tmp_path, qwen3) == [1, 3]
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 7]}')
-    assert common.stop_ids(tmp_path, qwen3) == [1, 3, 7]
+    assert engines.stop_ids(tmp_path, qwen3) == [1, 3, 7]
 
 
 def test_templates_that_cannot_be(qwen3, monkeypatch, capsys):

@@ -7,8 +7,8 @@ from conftest import BASE, load_policy, make_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import common
 import plan
+import training
 
 
 def one_at_a_time(lm, response, temperature):
@@ -26,8 +26,8 @@ def test_packed_equals_one_sequence_at_a_time(policy, temperature, monkeypatch):
     monkeypatch.setattr(plan, "HEAD_CHUNK", 37)  # several chunks, the last one short
     plain = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32, attn_implementation="eager")
     batch = make_batch()
-    pack = common.Pack(batch, range(len(batch)))
-    logp, entropy = common.logprobs(policy, pack, temperature)
+    pack = training.Pack(batch, range(len(batch)))
+    logp, entropy = training.logprobs(policy, pack, temperature)
     want = [torch.cat(x) for x in zip(*[one_at_a_time(plain, r, temperature) for r in batch])]
     torch.testing.assert_close(logp, want[0], atol=1e-5, rtol=1e-5)  # of values down to -20 nats
     torch.testing.assert_close(entropy, want[1], atol=1e-5, rtol=1e-5)
@@ -46,7 +46,7 @@ def test_packed_equals_one_sequence_at_a_time(policy, temperature, monkeypatch):
 def test_chunked_head_equals_the_dense_one(tokens, temperature, loss, monkeypatch):
     monkeypatch.setattr(plan, "HEAD_CHUNK", 64)
     torch.manual_seed(0)
-    head, h, labels = common.LogprobHead(16, 50, bias=False), torch.randn(tokens, 16), torch.randint(50, (tokens,))
+    head, h, labels = training.LogprobHead(16, 50, bias=False), torch.randn(tokens, 16), torch.randint(50, (tokens,))
     sides = []
     for dense in (True, False):
         x = h.clone().requires_grad_()
@@ -68,14 +68,14 @@ def test_chunked_head_equals_the_dense_one(tokens, temperature, loss, monkeypatc
 
 def test_chunked_head_agrees_with_torch():
     torch.manual_seed(0)
-    head, h, labels = common.LogprobHead(16, 50, bias=False), torch.randn(30, 16), torch.randint(50, (30,))
+    head, h, labels = training.LogprobHead(16, 50, bias=False), torch.randn(30, 16), torch.randint(50, (30,))
     want = -F.cross_entropy(head(h), labels, reduction="none")
     torch.testing.assert_close(head(h, labels)[0], want, atol=1e-5, rtol=0)
 
 
 def test_the_head_is_in_fp32_under_a_bf16_model():
     """Unless --head_dtype model."""
-    head, h, labels = common.LogprobHead(16, 50, bias=False).bfloat16(), torch.randn(30, 16), torch.randint(50, (30,))
+    head, h, labels = training.LogprobHead(16, 50, bias=False).bfloat16(), torch.randn(30, 16), torch.randint(50, (30,))
     want = F.linear(h.bfloat16().float(), head.weight.float()).log_softmax(-1).gather(1, labels[:, None])[:, 0]
     got, _ = head(h.bfloat16(), labels)
     torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
@@ -86,7 +86,7 @@ def test_the_head_is_in_fp32_under_a_bf16_model():
 
 def test_the_last_token_is_trained_and_the_prompt_is_not():
     batch = make_batch(3)
-    pack = common.Pack(batch, [2, 0])
+    pack = training.Pack(batch, [2, 0])
     assert pack.labels.tolist() == batch[2].ids.tolist() + batch[0].ids.tolist()
     assert pack.rows.tolist() == [2] * len(batch[2].ids) + [0] * len(batch[0].ids)
     first = len(batch[2].problem["prompt_ids"])
@@ -94,7 +94,7 @@ def test_the_last_token_is_trained_and_the_prompt_is_not():
 
 
 def test_an_empty_pack_takes_part_and_changes_nothing(policy):
-    logp, entropy = common.logprobs(policy, common.Pack([], []), 1.0)
+    logp, entropy = training.logprobs(policy, training.Pack([], []), 1.0)
     assert logp.shape == entropy.shape == (0,)
     logp.sum().backward()
     assert all(p.grad is not None and p.grad.abs().max() == 0 for p in policy.parameters())
@@ -109,10 +109,10 @@ def test_every_response_is_trained_once(seed, minibatches, processes, budget, da
     counted, learned = (torch.tensor(data.draw(st.lists(st.booleans(), min_size=12, max_size=12))) for _ in "cl")
     plans = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "world", lambda: processes)
+        patch.setattr(training, "world", lambda: processes)
         for r in range(processes):
-            patch.setattr(common, "rank", lambda r=r: r)
-            plans.append(common.minibatches(batch, counted, learned, minibatches, budget))
+            patch.setattr(training, "rank", lambda r=r: r)
+            plans.append(training.minibatches(batch, counted, learned, minibatches, budget))
     for m in range(minibatches):
         packs = [pack for plan in plans for pack in plan[m]]
         first = sum(12 // minibatches + (k < 12 % minibatches) for k in range(m))  # the first ones are longer by one
@@ -130,9 +130,9 @@ def test_every_response_is_trained_once(seed, minibatches, processes, budget, da
 def gradient(batch, minibatches, budget):
     policy = load_policy()
     weight = torch.rand(len(batch), generator=torch.Generator().manual_seed(1))
-    for packs in common.minibatches(batch, *torch.ones(2, 12), minibatches, budget):
+    for packs in training.minibatches(batch, *torch.ones(2, 12), minibatches, budget):
         for pack in packs:
-            logp, _ = common.logprobs(policy, pack, 1.0)
+            logp, _ = training.logprobs(policy, pack, 1.0)
             (logp * weight[pack.rows]).sum().backward()
     return torch.cat([p.grad.flatten() for p in policy.parameters()])
 
@@ -148,4 +148,4 @@ def test_this_torch_takes_the_call_of_the_gpu_branch():
     """Shapes and arguments alone, on the meta device; the numbers are for `-m gpu`."""
     q, k, v = (torch.empty(1, heads, 20, 64, device="meta") for heads in (8, 4, 4))
     starts = torch.tensor([0, 5, 20], dtype=torch.int32, device="meta")
-    assert common.varlen_attention(q, k, v, starts, 15, 0.125).shape == (1, 20, 8, 64)
+    assert training.varlen_attention(q, k, v, starts, 15, 0.125).shape == (1, 20, 8, 64)

@@ -11,6 +11,8 @@ from conftest import BASE, engine_args, load_policy, make_batch
 from test_engine import generate, make_problems
 
 import common
+import engines
+import training
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 GIB = 2**30
@@ -53,15 +55,15 @@ def engine(model):
     from transformers import AutoTokenizer
 
     before = free()  # no trainer on the GPU yet
-    engine = common.VllmEngine(engine_args(model=model, max_response_len=256), AutoTokenizer.from_pretrained(model))
+    engine = engines.VllmEngine(engine_args(model=model, max_response_len=256), AutoTokenizer.from_pretrained(model))
     yield engine, before
     engine.close()
 
 
 def gap(policy, batch):
-    pack = common.Pack(batch, range(len(batch)))
+    pack = training.Pack(batch, range(len(batch)))
     with torch.no_grad(), torch.autocast("cuda", dtype=torch.bfloat16):
-        return common.logprobs(policy, pack, 1.0)[0] - pack.engine_logp
+        return training.logprobs(policy, pack, 1.0)[0] - pack.engine_logp
 
 
 def k3(d):
@@ -126,9 +128,9 @@ def test_varlen_equals_one_sequence_at_a_time(policy, model):
     plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="sdpa").cuda()
     plain.load_state_dict(policy.lm.state_dict())
     batch, sides = make_batch(8), []
-    pack = common.Pack(batch, range(8))
+    pack = training.Pack(batch, range(8))
     with torch.autocast("cuda", dtype=torch.bfloat16):
-        logp, _ = common.logprobs(policy, pack, 1.0)
+        logp, _ = training.logprobs(policy, pack, 1.0)
         sides.append(torch.autograd.grad(logp.sum(), policy.lm.model.layers[0].self_attn.q_proj.weight)[0])
         rows = []
         for r in batch:

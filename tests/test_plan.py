@@ -12,7 +12,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import common
+import engines
 import plan
+import training
 
 GIB = plan.GIB
 SIZES = {  # of Qwen3, from their configurations
@@ -35,7 +37,7 @@ def node_args(**changes):
     paper = dict(
         model="Qwen/Qwen3-4B-Base", prompts_per_step=128, group_size=8, steps=500, old_logp="recompute", lora_rank=0
     )
-    paper |= dict(max_prompt_len=2048, max_response_len=8192, eval_max_response_len=8192, kl_coef=0)
+    paper |= dict(max_prompt_len=2048, max_response_len=8192, eval_max_response_len=8192, reference=False)
     return engine_args(**node | paper | changes)
 
 
@@ -69,16 +71,16 @@ def meta_policy(config, monkeypatch):
     from transformers import AttentionInterface, AutoModelForCausalLM
 
     monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda positions: None)
-    common.register_attention()
+    training.register_attention()
 
     def varlen(module, q, k, v, mask, scaling=None, dropout=0.0, *, cu_seq_lens_q, max_length_q, **_):
-        return common.varlen_attention(q, k, v, cu_seq_lens_q, max_length_q, scaling), None
+        return training.varlen_attention(q, k, v, cu_seq_lens_q, max_length_q, scaling), None
 
     AttentionInterface.register("varlen", varlen)  # what `packed` is on a GPU
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="varlen")
     lm.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return common.Policy(lm)
+    return training.Policy(lm)
 
 
 @pytest.mark.parametrize("size, tokens", [("4B", 32768), ("4B", 16384), ("8B", 32768), ("0.6B", 8192)])
@@ -109,12 +111,14 @@ def test_no_tensor_of_all_tokens_and_words_is_made():
         vocab_size=words, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1,
         num_key_value_heads=1, head_dim=16, tie_word_embeddings=True,
     )  # fmt: skip
-    common.register_attention()
-    policy = common.Policy(AutoModelForCausalLM.from_config(small, attn_implementation="packed"))
-    long = common.Response({"id": "1", "prompt_ids": [1]}, torch.arange(tokens) % words, torch.zeros(tokens), False, "")
-    pack = common.Pack([long], [0])
+    training.register_attention()
+    policy = training.Policy(AutoModelForCausalLM.from_config(small, attn_implementation="packed"))
+    long = engines.Response(
+        {"id": "1", "prompt_ids": [1]}, torch.arange(tokens) % words, torch.zeros(tokens), False, ""
+    )
+    pack = training.Pack([long], [0])
     with Live(policy.parameters()) as live:
-        logp, entropy = common.logprobs(policy, pack, 1.0)
+        logp, entropy = training.logprobs(policy, pack, 1.0)
         logp.sum().backward()
     chunk = 4 * plan.HEAD_CHUNK * words
     assert max(live.sizes) <= chunk < 4 * tokens * words
@@ -135,8 +139,8 @@ def test_memory_by_hand():
     assert plan.memory(node_args(sharding="ddp"), s, 8)["weights, fp32"] == (4 * s.params,) * 2
     assert plan.memory(node_args(sleep="off"), s, 8)["vLLM's weights"] == (2 * s.params,) * 2
     assert plan.memory(node_args(vllm_tensor_parallel=2), s, 8)["vLLM's weights"] == (s.params, 0)
-    assert plan.memory(node_args(kl_coef=0.04), s, 8)["reference, bf16"] == (s.params / 4,) * 2
-    lora = plan.memory(node_args(lora_rank=16, kl_coef=0.04), s, 8)
+    assert plan.memory(node_args(reference=True), s, 8)["reference, bf16"] == (s.params / 4,) * 2
+    lora = plan.memory(node_args(lora_rank=16, reference=True), s, 8)
     assert lora["Adam's two averages"][0] == 16 * s.lora and "reference, bf16" not in lora  # 8 bytes, 8 GPUs
     linear = 2560 * (4096 + 1024 + 1024) + 4096 * 2560 + 3 * 2560 * 9728  # of a layer
     assert s.layer == linear + 2 * 2560 + 2 * 128  # norms
@@ -146,9 +150,9 @@ def test_memory_by_hand():
 def test_work_is_what_torch_counts():
     """Forward and backward of dense layers; attention, which torch counts without the causal half, by hand."""
     policy, batch = load_policy(), make_batch(4)
-    pack = common.Pack(batch, range(4))
+    pack = training.Pack(batch, range(4))
     with FlopCounterMode(display=False) as counter:
-        logp, _ = common.logprobs(policy, pack, 1.0)
+        logp, _ = training.logprobs(policy, pack, 1.0)
         logp.sum().backward()
     dense = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "mm" in str(op))
     s = plan.shape(policy.lm.config)
@@ -191,7 +195,7 @@ def test_what_does_not_fit_is_refused(gpus, gib, changes, advice):
 
 def test_the_cache_fills_what_is_free():
     s = plan.shape(config("4B"))
-    for changes in ({}, {"sleep": "off"}, {"lora_rank": 8}, {"kl_coef": 0.1}):
+    for changes in ({}, {"sleep": "off"}, {"lora_rank": 8}, {"reference": True}):
         args = node_args(**changes)
         cache, _ = plan.kv_cache(args, s, 8, 80)
         sampling, training = plan.totals(args, s, 8)
@@ -230,14 +234,14 @@ def test_packing_wastes_little(budget, monkeypatch):
     g = torch.Generator().manual_seed(0)
     lengths = (3000 * (0.8 * torch.randn(1024, generator=g)).exp()).clamp(10, 8192).long().tolist()
     batch = [
-        common.Response({"prompt_ids": [0] * 100}, torch.zeros(n, dtype=torch.long), torch.zeros(n), False, "")
+        engines.Response({"prompt_ids": [0] * 100}, torch.zeros(n, dtype=torch.long), torch.zeros(n), False, "")
         for n in lengths
     ]
-    monkeypatch.setattr(common, "world", lambda: 8)
+    monkeypatch.setattr(training, "world", lambda: 8)
     plans = []
     for r in range(8):
-        monkeypatch.setattr(common, "rank", lambda r=r: r)
-        [packs] = common.minibatches(batch, *torch.ones(2, 1024), 1, budget)
+        monkeypatch.setattr(training, "rank", lambda r=r: r)
+        [packs] = training.minibatches(batch, *torch.ones(2, 1024), 1, budget)
         plans.append(packs)
     room = sum(len(packs) for packs in plans) * budget
     waste = 1 - sum(len(pack.ids) for packs in plans for pack in packs if pack.lengths) / room

@@ -1,6 +1,7 @@
 """The order of the problems and the seeds of the samples are functions of what they are for, and nothing else."""
 
 import common
+import engines
 
 
 def ids(problems):
@@ -35,8 +36,8 @@ def test_the_cursor_is_all_there_is():
 
 
 def test_seeds():
-    rollout = [common.seed_of(1, 7, f"p{p}", sample) for p in range(128) for sample in range(8)]
+    rollout = [engines.seed_of(1, 7, f"p{p}", sample) for p in range(128) for sample in range(8)]
     assert len(set(rollout)) == 1024 and all(0 <= seed < 2**31 for seed in rollout)
-    assert common.seed_of(1, 7, "p0", 0) == rollout[0]
-    others = [common.seed_of(*key, 0) for key in [(2, 7, "p0"), (1, 8, "p0"), (1, 7, "p1"), (1, "eval", "p0")]]
+    assert engines.seed_of(1, 7, "p0", 0) == rollout[0]
+    others = [engines.seed_of(*key, 0) for key in [(2, 7, "p0"), (1, 8, "p0"), (1, 7, "p1"), (1, "eval", "p0")]]
     assert len({rollout[0], *others}) == 5

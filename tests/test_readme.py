@@ -16,7 +16,7 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]  
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, load_module, make_parser
+from conftest import ROOT, SCRIPTS, SHARED, load_module, make_parser
 from test_bugs import PATCHES, head
 from test_structure import DIFFERENT, TABLES, definitions, source
 from test_trl import CASES, MODULES
@@ -70,7 +70,9 @@ METRICS = {  # every name that is logged, each once
 
 WHAT = {
     "rewards": "text in, number out",
-    "common": "flags, engines, packing, sharding, log, checkpoints",
+    "common": "flags, problems, start-up, log, checkpoints, evaluation",
+    "engines": "who samples: vLLM, or transformers' `generate`",
+    "training": "what is trained: packs, the forward pass, weights over several GPUs",
     "plan": "memory and time of a command, before anything is loaded",
 }
 
@@ -224,7 +226,9 @@ def metrics():
     for key, meaning in METRICS.items():
         prefix, rest = key.rsplit("/", 1)[0], key.rsplit("/", 1)[1].split(", ")
         mine = logged.get(f"{prefix}/{rest[0]}", SCRIPTS)
-        only = "" if len(mine) == 3 or names("common") & {f"{prefix}/{rest[0]}"} else f" ({mine[0]}.py)"
+        only = (
+            "" if len(mine) == 3 or set().union(*map(names, SHARED)) & {f"{prefix}/{rest[0]}"} else f" ({mine[0]}.py)"
+        )
         shown = [f"{prefix}/{rest[0]}", *rest[1:]]
         rows.append(f"| {ticks(shown)}{only} | {meaning} |")
     return rows
@@ -317,7 +321,7 @@ def test_the_readme_is_up_to_date(name):
 
 def test_every_metric_is_explained_once():
     told = [f"{key.rsplit('/', 1)[0]}/{name}" for key in METRICS for name in key.rsplit("/", 1)[1].split(", ")]
-    logged = set().union(*(names(s) for s in [*SCRIPTS, "common"]))
+    logged = set().union(*(names(s) for s in [*SCRIPTS, *SHARED]))
     assert len(told) == len(set(told)) and set(told) == logged
 
 

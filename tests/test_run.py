@@ -15,6 +15,7 @@ import workers
 from conftest import (
     BASE,
     ROOT,
+    SHARED,
     SMALL,
     copy_project,
     load_module,
@@ -27,9 +28,11 @@ from conftest import (
 
 import common
 import dapo
+import engines
 import grpo
 import lite_ppo
 import rewards
+import training
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +63,7 @@ def test_a_run_folder_has_everything(finished):
     assert args["steps"] == 4 and args["norm"] == "group_mean_batch_std" and args["script"] == "lite_ppo"
     assert "torch" in json.loads((finished / "versions.json").read_text())
     assert (finished / "source" / "lite_ppo.py").read_text() == (ROOT / "lite_ppo.py").read_text()
-    assert {p.name for p in (finished / "source").iterdir()} == {"lite_ppo.py", "common.py", "rewards.py"}
+    assert {p.name for p in (finished / "source").iterdir()} == {f"{name}.py" for name in ("lite_ppo", *SHARED)}
     assert (finished / "curves.png").read_bytes()[:4] == b"\x89PNG"
     assert set(json.loads((finished / "samples.jsonl").read_text().splitlines()[0])) >= {
         "step",
@@ -328,9 +331,9 @@ def test_vllm_without_a_launcher_and_to_the_end(tmp_path):
 
 
 def test_a_stale_engine_stops_the_run(tmp_path, monkeypatch):
-    load = common.HfEngine.load
+    load = engines.HfEngine.load
     monkeypatch.setattr(
-        common.HfEngine,
+        engines.HfEngine,
         "load",
         lambda self, model: None if hasattr(self, "loaded") else (load(self, model), setattr(self, "loaded", 1)),
     )
@@ -391,7 +394,7 @@ import os, signal, sys, lite_ppo, common
 check, calls = common.check_finite, []
 def kill(*args):
     calls.append(1)
-    if len(calls) == 3 and common.rank() == 1:
+    if len(calls) == 3 and training.rank() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     check(*args)
 common.check_finite = kill
@@ -421,7 +424,7 @@ def test_the_engines_probabilities_do_as_well(tmp_path, monkeypatch):
 
 
 def test_a_stale_engine_stops_a_run_that_trusts_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(common.HfEngine, "load", lambda *_: None)
+    monkeypatch.setattr(engines.HfEngine, "load", lambda *_: None)
     flags = [*SMALL, "--lr", 1e-2, "--old_logp", "rollout", "--out", tmp_path / "run"]
     with pytest.raises(SystemExit, match="samples from another model"):
         run_main(monkeypatch, lite_ppo, *flags)
@@ -429,7 +432,7 @@ def test_a_stale_engine_stops_a_run_that_trusts_it(tmp_path, monkeypatch):
 
 def test_without_an_advantage_nothing_is_computed_but_the_step(tmp_path, monkeypatch):
     """All right in the second rollout: no token goes through the model, and Adam goes on with what it remembers."""
-    passed, stepped, weights, logprobs = [], [], [], common.logprobs
+    passed, stepped, weights, logprobs = [], [], [], training.logprobs
     monkeypatch.setattr(
         common, "logprobs", lambda m, pack, t: (passed.append(len(pack.labels)), logprobs(m, pack, t))[1]
     )
@@ -443,9 +446,9 @@ def test_without_an_advantage_nothing_is_computed_but_the_step(tmp_path, monkeyp
         grades.clear() if stepped else None
         return generate(*args)
 
-    adam, generate, grades, grade = torch.optim.AdamW.step, common.Engine.generate, [1], rewards.GradePool.grade
+    adam, generate, grades, grade = torch.optim.AdamW.step, engines.Engine.generate, [1], rewards.GradePool.grade
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    monkeypatch.setattr(common.Engine, "generate", rollout)
+    monkeypatch.setattr(engines.Engine, "generate", rollout)
     right = rewards.Grade(True)
     monkeypatch.setattr(
         rewards.GradePool, "grade", lambda s, pairs: grade(s, pairs) if grades else [right] * len(pairs)
@@ -462,7 +465,7 @@ def test_without_an_advantage_nothing_is_computed_but_the_step(tmp_path, monkeyp
 @pytest.mark.parametrize("survivors", [0, 1])
 def test_filter_leaves_none_or_one(survivors, tmp_path, monkeypatch):
     """With none, nothing moves; with one, the mini-batches without it do not move anything."""
-    generate, stepped = common.Engine.generate, []
+    generate, stepped = engines.Engine.generate, []
 
     def cut(self, problems, n, *how):
         batch = generate(self, problems, n, *how)
@@ -470,7 +473,7 @@ def test_filter_leaves_none_or_one(survivors, tmp_path, monkeypatch):
             response.truncated = i >= survivors
         return batch
 
-    monkeypatch.setattr(common.Engine, "generate", cut)
+    monkeypatch.setattr(engines.Engine, "generate", cut)
     step = torch.optim.AdamW.step
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a, **k: (stepped.append(1), step(self, *a, **k))[1])
     flags = [*SMALL, "--steps", 1, "--overlong", "filter", "--norm", "none", "--wrong_reward", -1]
@@ -523,8 +526,8 @@ def test_the_reference_is_the_first_policy(tmp_path, monkeypatch):
 )
 def test_copies_of_the_model(more, copies, tmp_path, monkeypatch):
     """The trainer's, and one more only for a KL without LoRA (the hf engine has its own)."""
-    load, loaded = common.load_lm, []
-    monkeypatch.setattr(common, "load_lm", lambda *a: loaded.append(1) or load(*a))
+    load, loaded = training.load_lm, []
+    monkeypatch.setattr(training, "load_lm", lambda *a: loaded.append(1) or load(*a))
     flags = [x for k, v in more.items() for x in (f"--{k}", v)]
     rows = run_main(monkeypatch, grpo, *SMALL, *flags, "--steps", 1, "--out", tmp_path / "run")
     assert len(loaded) == copies and ("train/kl" in rows[0]) == (more["kl_coef"] > 0)

@@ -14,6 +14,7 @@ from conftest import BASE, run_main
 
 import common
 import dapo
+import engines
 import grpo
 import lite_ppo
 
@@ -131,7 +132,7 @@ def train_by_hand(args, rollouts):
 def test_two_rollouts_by_hand(script, settings, tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM
 
-    generate, rollouts, parsed = common.Engine.generate, {}, []
+    generate, rollouts, parsed = engines.Engine.generate, {}, []
 
     def listen(engine, problems, n, step, *how):
         batch = generate(engine, problems, n, step, *how)
@@ -141,7 +142,7 @@ def test_two_rollouts_by_hand(script, settings, tmp_path, monkeypatch):
 
     start = common.start
     monkeypatch.setattr(common, "start", lambda args: parsed.append(args) or start(args))
-    monkeypatch.setattr(common.Engine, "generate", listen)
+    monkeypatch.setattr(engines.Engine, "generate", listen)
     flags = [x for k, v in settings.items() for x in (f"--{k}", v)]
     rows = run_main(monkeypatch, script, *SHORT, *flags, "--out", tmp_path / "run")
     want = train_by_hand(parsed[0], [rollouts[0], rollouts[1]]).state_dict()

@@ -4,7 +4,7 @@ import ast
 import re
 
 import pytest
-from conftest import ROOT, SCRIPTS
+from conftest import ROOT, SCRIPTS, SHARED
 
 import common
 
@@ -48,22 +48,24 @@ def definitions(name):
     return found
 
 
-def test_common_knows_no_trick():
-    tree = ast.parse(source("common"))
+@pytest.mark.parametrize("name", SHARED)
+def test_the_shared_files_know_no_trick(name):
+    tree = ast.parse(source(name))
     names = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
     words = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant)}
     assert not (names | words) & TRICKS
 
 
-def test_common_trains_nothing_and_calls_no_script():
-    tree = ast.parse(source("common"))
+@pytest.mark.parametrize("name", SHARED)
+def test_the_shared_files_hold_no_loop_and_call_no_script(name):
+    tree = ast.parse(source(name))
     called = {n.func.attr for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)}
     assert not called & {"backward", "step", "zero_grad", "clip_grad_norm_"}
-    assert not set(imports("common")) & set(SCRIPTS)
+    assert not set(imports(name)) & set(SCRIPTS)
 
 
 def test_rewards_stands_alone():
-    assert not set(imports("rewards")) & {"common", "torch", *SCRIPTS}
+    assert not set(imports("rewards")) & {"torch", *SHARED, *SCRIPTS}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -76,9 +78,7 @@ def test_every_flag_is_read(script):
     module = __import__(script)
     assert module.DEFAULTS.keys() == common.FLAGS.keys() - common.MACHINE.keys() | SHARED_TRICKS | OWN_TRICKS[script]
     for flag in module.DEFAULTS | common.MACHINE:
-        assert re.search(rf"\b(args|a)\.{flag}\b", source(script) + source("common") + source("plan")), (
-            f"--{flag} is read nowhere"
-        )
+        assert re.search(rf"\b(args|a)\.{flag}\b", "".join(map(source, [script, *SHARED]))), f"--{flag} is read nowhere"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
