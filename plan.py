@@ -88,31 +88,37 @@ def shape(config):
     )
 
 
-def memory(args, s, gpus):
-    """-> {what: (bytes while sampling, bytes while training)} of one GPU, without vLLM's cache"""
-    share = gpus if args.sharding == "fsdp" else 1
-    trained = args.lora_rank * s.lora or s.params
-    outer = s.params - s.layers * s.layer
-    frozen = s.params if args.lora_rank else 0
+def memory(args, s, gpus, alone=False):
+    """-> {what: (bytes while sampling, bytes while training)} of one GPU, without vLLM's cache. alone: nobody trains"""
     vllm = 2 * s.params / args.vllm_tensor_parallel
-    awake = args.sleep == "off"
+    rows = {
+        "vLLM's weights": (vllm, vllm * (args.sleep == "off")),
+        "vLLM's graphs, CUDA": (CONTEXT + RESIDUE,) * 2,
+    }
+    return rows if alone else trainer(args, s, gpus) | rows
+
+
+def trainer(args, s, gpus):
+    share = gpus if args.sharding == "fsdp" else 1
+    trained, frozen = args.lora_rank * s.lora or s.params, s.params if args.lora_rank else 0
+    outer = s.params - s.layers * s.layer  # embedding, output layer, last norm
+    layer = max(args.tokens_per_gpu * in_a_layer(s), in_the_head(s, args.lora_rank > 0))
+    reference = 2 * s.params / share if args.reference and not args.lora_rank else 0
     rows = {
         "weights, fp32": (4 * (trained + frozen) / share,) * 2,
         "Adam's two averages": (8 * trained / share,) * 2,
         "gradients, fp32": (0, 4 * trained / share),
-        "reference, bf16": (2 * s.params / share * (args.reference and not args.lora_rank),) * 2,
+        "reference, bf16": (reference,) * 2,
         "whole layers, bf16": (0, 2 * (outer + 2 * s.layer)),  # the one that computes and the one that comes next
         "their gradients": (0, 0 if frozen else 2 * outer + 6 * s.layer),
         "kept between layers": (0, args.tokens_per_gpu * kept(s)),
-        "in the dearest layer": (0, max(args.tokens_per_gpu * in_a_layer(s), in_the_head(s, args.lora_rank > 0))),
-        "vLLM's weights": (vllm, vllm * awake),
-        "vLLM's graphs, CUDA": (CONTEXT + RESIDUE,) * 2,
+        "in the dearest layer": (0, layer),
     }
     return {what: row for what, row in rows.items() if any(row)}
 
 
-def totals(args, s, gpus):
-    return [sum(column) for column in zip(*memory(args, s, gpus).values())]
+def totals(args, s, gpus, alone=False):
+    return [sum(column) for column in zip(*memory(args, s, gpus, alone).values())]
 
 
 def kept(s):
@@ -130,9 +136,9 @@ def in_the_head(s, frozen):
     return 4 * s.head * (1 if frozen else 3) + 8 * HEAD_CHUNK * (s.head // s.hidden)
 
 
-def kv_cache(args, s, gpus, gib):
+def kv_cache(args, s, gpus, gib, alone=False):
     """-> bytes that vLLM's keys and values may take on each GPU, and those of one token there. May be negative"""
-    sampling, training = totals(args, s, gpus)
+    sampling, training = totals(args, s, gpus, alone)
     token = 4 * s.layers * s.kv / args.vllm_tensor_parallel
     most = USABLE * gib * GIB - (sampling if args.sleep == "on" else max(sampling, training))
     wanted = MAX_SEQS * longest(args) * token  # more is never used

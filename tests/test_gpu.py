@@ -1,17 +1,22 @@
-"""vLLM's sleep mode on a GPU: `pytest -m gpu`. Written for vLLM 0.26 with torch 2.11 up to the pinned versions.
+"""What only a GPU shows: `pytest -m gpu`. Written for vLLM 0.26 with torch 2.11 up to the pinned versions.
 
-The model is made here, from a configuration, large enough for its memory to show.
+vLLM's sleep mode, the trainer in bf16, the plan's peaks, whole runs. The model is made here, from a configuration, large enough
+for its memory to show. tests/bench_gpu.py measures speed.
 """
 
+import argparse
 import gc
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import BASE, engine_args, load_policy, make_batch
+from conftest import BASE, ROOT, engine_args, load_policy, make_batch, read_metrics
 from test_engine import generate, make_problems
 
 import common
 import engines
+import plan
 import training
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -46,7 +51,8 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def policy(model):
-    return load_policy(model).cuda()
+    """As the trainer holds it: fp32 weights, computing in bf16"""
+    return training.shard(load_policy(model), engine_args(sharding="fsdp"))
 
 
 @pytest.fixture(scope="module")
@@ -55,14 +61,16 @@ def engine(model):
     from transformers import AutoTokenizer
 
     before = free()  # no trainer on the GPU yet
-    engine = engines.VllmEngine(engine_args(model=model, max_response_len=256), AutoTokenizer.from_pretrained(model))
+    engine = engines.VllmEngine(
+        engine_args(model=model, max_response_len=256, kv_cache_gib=8), AutoTokenizer.from_pretrained(model)
+    )
     yield engine, before
     engine.close()
 
 
 def gap(policy, batch):
     pack = training.Pack(batch, range(len(batch)))
-    with torch.no_grad(), torch.autocast("cuda", dtype=torch.bfloat16):
+    with torch.no_grad():
         return training.logprobs(policy, pack, 1.0)[0] - pack.engine_logp
 
 
@@ -72,11 +80,11 @@ def k3(d):
 
 def shake(policy, model, seed):
     """A random change of every weight, away from the model as it is stored."""
-    policy.load_state_dict(load_policy(model).state_dict())
     g = torch.Generator("cuda").manual_seed(seed)
     with torch.no_grad():
-        for p in policy.parameters():
-            p += 0.3 * p.std().clamp(min=1e-3) * torch.randn(p.shape, generator=g, device="cuda")
+        for p, stored in zip(policy.parameters(), load_policy(model).cuda().parameters()):
+            size = 0.3 * stored.std().clamp(min=1e-3)
+            p.to_local().copy_(stored + size * torch.randn(p.shape, generator=g, device="cuda"))
 
 
 def test_sleep_returns_the_memory(engine, policy):
@@ -123,20 +131,82 @@ def test_same_seed_same_tokens(engine, policy):
 
 
 def test_varlen_equals_one_sequence_at_a_time(policy, model):
+    """Log-probabilities and a gradient of the packed bf16 pass against dense attention, one sequence at a time."""
     from transformers import AutoModelForCausalLM
 
     plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="sdpa").cuda()
-    plain.load_state_dict(policy.lm.state_dict())
-    batch, sides = make_batch(8), []
-    pack = training.Pack(batch, range(8))
-    with torch.autocast("cuda", dtype=torch.bfloat16):
-        logp, _ = training.logprobs(policy, pack, 1.0)
-        sides.append(torch.autograd.grad(logp.sum(), policy.lm.model.layers[0].self_attn.q_proj.weight)[0])
-        rows = []
-        for r in batch:
-            ids = torch.cat([torch.tensor(r.problem["prompt_ids"]), r.ids]).cuda()
+    batch, rows = make_batch(8), []
+    logp, _ = training.logprobs(policy, training.Pack(batch, range(8)), 1.0)
+    logp.sum().backward()
+    for r in batch:
+        ids = torch.cat([torch.tensor(r.problem["prompt_ids"]), r.ids]).cuda()
+        with torch.autocast("cuda", dtype=torch.bfloat16):
             logits = plain(input_ids=ids[None]).logits[0, -len(r.ids) - 1 : -1].float()
-            rows.append(logits.log_softmax(-1).gather(1, r.ids.cuda()[:, None])[:, 0])
-        sides.append(torch.autograd.grad(torch.cat(rows).sum(), plain.model.layers[0].self_attn.q_proj.weight)[0])
+        rows.append(logits.log_softmax(-1).gather(-1, r.ids.cuda()[:, None])[:, 0])
+    torch.cat(rows).sum().backward()
+    grads = [lm.get_submodule("model.layers.0.self_attn.q_proj").weight.grad for lm in (policy.lm, plain)]
+    assert grads[0].dtype == torch.float32
     assert (logp - torch.cat(rows)).abs().mean() < 0.02  # bf16 on both sides
-    assert torch.nn.functional.cosine_similarity(sides[0].flatten(), sides[1].flatten(), dim=0) > 0.99
+    assert torch.nn.functional.cosine_similarity(*(training.gathered(g).flatten() for g in grads), dim=0) > 0.99
+
+
+@pytest.mark.parametrize("head_dtype", ["float32", "model"])
+def test_the_plans_peak(model, head_dtype):
+    """Two updates of a full pack; what torch allocates at most, against the plan's rows of the trainer."""
+    from transformers import AutoConfig
+
+    args = engine_args(model=model, sharding="fsdp", tokens_per_gpu=16384, head_dtype=head_dtype, reference=False)
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    lm = training.load_lm(args)
+    lm.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    policy = training.shard(training.Policy(lm, head_dtype), args)
+    optimizer = training.adam(argparse.Namespace(lr=1e-6, weight_decay=0), list(policy.parameters()))
+    batch = make_batch(1200, longest=30)
+    lengths = [len(r.problem["prompt_ids"]) + len(r.ids) for r in batch]
+    rows = range(max(i for i in range(1200) if sum(lengths[:i]) <= 16384))
+    pack = training.Pack(batch, rows)
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(2):
+        logp, _ = training.logprobs(policy, pack, 1.0)
+        logp.sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    peak = torch.cuda.max_memory_allocated() - before
+    s = plan.shape(AutoConfig.from_pretrained(model))
+    planned = sum(training_bytes for _, training_bytes in plan.trainer(args, s, 1).values())
+    print(f"--head_dtype {head_dtype}: peak {peak / GIB:.2f} GiB, planned {planned / GIB:.2f}")
+    assert peak == pytest.approx(planned, rel=0.15)
+
+
+RUNS = {
+    "sleep": ["--sleep", "on"],
+    "awake": ["--sleep", "off"],
+    "lora": ["--lora_rank", "16", "--lr", "3e-3"],
+    "compile": ["--compile", "on"],
+    "model_head": ["--head_dtype", "model"],
+    "ddp": ["--sharding", "ddp"],
+    "trusting": ["--old_logp", "rollout"],
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_learns(name, tmp_path):
+    """The real command on the laptop's model, sampled by vLLM, and once more after --resume."""
+    tiny, folder = ROOT / "data" / "tiny", tmp_path / "run"
+    flags = ["--scale", "node", "--model", BASE, "--data", tiny / "easy.jsonl", "--eval_data", tiny / "eval_easy.jsonl"]
+    flags += ["--prompts_per_step", 16, "--minibatches", 4, "--lr", "3e-4", "--warmup_steps", 0, "--eval_samples", 2]
+    flags += ["--temperature", 1, "--top_p", 1, "--top_k", 0, "--max_prompt_len", 64, "--max_response_len", 128]
+    flags += ["--eval_max_response_len", 128, "--tokens_per_gpu", 4096, "--kv_cache_gib", 4, "--engine", "vllm"]
+    for steps, more in ((10, [*flags, *RUNS[name], "--out", folder]), (12, ["--resume", folder])):
+        command = [sys.executable, "lite_ppo.py", "--steps", steps, *more]
+        done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+    rows = read_metrics(folder)
+    for row in rows[:12]:
+        print({k: round(v, 4) for k, v in row.items() if "logp" in k or k.startswith(("time/", "perf/"))})
+    assert [row["step"] for row in rows] == list(range(13))
+    assert max(row["rollout/logp_k3"] for row in rows[:12] if "rollout/logp_k3" in row) < 1e-3
+    first, last = (sum(row["rollout/accuracy"] for row in part) / 3 for part in (rows[:3], rows[9:12]))
+    assert last > first + 0.1

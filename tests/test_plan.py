@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import BASE, ROOT, engine_args, load_policy, make_batch
+from conftest import BASE, ROOT, engine_args, load_module, load_policy, make_batch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -204,6 +204,17 @@ def test_the_cache_fills_what_is_free():
     tiny = plan.shape(config("0.6B"))
     cache, token = plan.kv_cache(node_args(max_response_len=100, eval_max_response_len=100), tiny, 8, 80)
     assert cache == plan.MAX_SEQS * (2048 + 100) * token  # no more than can ever be used
+
+
+def test_alone_vllm_gets_the_trainers_room(monkeypatch):
+    """data/difficulty.py has no trainer and none of its flags."""
+    difficulty, s = load_module(ROOT / "data" / "difficulty.py"), plan.shape(config("4B"))
+    args = difficulty.parse_args(
+        ["--scale", "node", "--data", str(ROOT / "data" / "tiny" / "easy.jsonl"), "--model", BASE]
+    )
+    cache, token = plan.kv_cache(args, s, 8, 80, alone=True)
+    room = 0.95 * 80 * GIB - 2 * s.params - plan.CONTEXT - plan.RESIDUE
+    assert cache == min(room, 128 * (2048 + 8192) * token) > plan.kv_cache(node_args(), s, 8, 80)[0]
 
 
 def run_plan(*flags):

@@ -319,6 +319,17 @@ def learn(script, processes, *flags):
 
 
 @pytest.mark.vllm
+def test_two_processes_share_one_vllm(tmp_path):
+    """Tensor parallel 2, fed from shared-out weights, samples and trains like one process with all of them."""
+    flags = [*SMALL, "--engine", "vllm", "--out"]
+    torchrun(1, "lite_ppo.py", *flags, tmp_path / "1")
+    torchrun(2, "lite_ppo.py", "--vllm_tensor_parallel", 2, "--sharding", "fsdp", *flags, tmp_path / "2")
+    for one, two in zip(*(read_metrics(tmp_path / n) for n in "12")):
+        for name, value in without_times(one).items():
+            assert two[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
+
+
+@pytest.mark.vllm
 def test_vllm_without_a_launcher_and_to_the_end(tmp_path):
     """`python lite_ppo.py --engine vllm` starts, samples, and leaves without an error on the way out."""
     command = [sys.executable, "lite_ppo.py", *SMALL, "--engine", "vllm", "--out", str(tmp_path / "run")]
@@ -513,6 +524,18 @@ def test_dynamic_sampling_goes_on_with_what_it_has(mixed, norm, tmp_path, monkey
 
 
 # ---------------------------------------------------------------------------------------------------------- the reference
+
+
+def test_compiled_layers_learn_the_same(tmp_path, monkeypatch):
+    """What is compiled is each layer alone, with packs of any length; here without inductor, whose C++ takes a minute."""
+    compile, seen = torch.nn.Module.compile, []
+    eager = lambda self, **how: (seen.append(type(self).__name__), compile(self, backend="eager", **how))  # noqa: E731
+    monkeypatch.setattr(torch.nn.Module, "compile", eager)
+    flags = [*SMALL, "--tokens_per_gpu", 256, "--steps", 1, "--out"]
+    rows = [run_main(monkeypatch, lite_ppo, "--compile", how, *flags, tmp_path / how)[0] for how in ("off", "on")]
+    assert seen == ["Qwen3DecoderLayer"] * 3
+    for name in ("train/loss", "train/grad_norm", "train/entropy", "rollout/logp_gap"):
+        assert rows[1][name] == pytest.approx(rows[0][name], rel=1e-4, abs=1e-5), name
 
 
 def test_the_reference_is_the_first_policy(tmp_path, monkeypatch):
