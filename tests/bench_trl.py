@@ -5,11 +5,18 @@
 Each side samples 16 x 8 responses of up to 128 tokens from the same model and problems, grades them with the same function and takes
 four optimizer steps on them: Lite PPO's advantages and loss, no KL. TRL runs without gradient checkpointing and logging, with
 transformers' `generate`, which is its fastest where vLLM has no GPU. Start-up, evaluations, checkpoints and the first rollouts of a round are not counted.
+
+Where there is a GPU: a Qwen3 of 0.6 billion parameters with random weights in place of the laptop's model, vLLM beside the trainer with sleep mode
+on both sides, bf16, gradient checkpointing, old log-probabilities computed again. Responses are as long as a long-tailed law says, up to 8,192
+tokens, and every other one is right; not run yet.
 The last line is `ratio N`: TRL's seconds a rollout over ours, the median over the rounds.
 """
 
 import argparse
+import copy
 import json
+import math
+import random
 import statistics
 import subprocess
 import sys
@@ -19,28 +26,96 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-ROLLOUTS, WARM = 24, 4  # of a round; not counted
-P, G, STEPS, LIMIT, LR = 16, 8, 4, 128, 1e-4
+from bench_gpu import make_model  # noqa: E402
+
+P, G, STEPS, LR = 16, 8, 4, 1e-4
+
+
+def gpu():
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def rollouts():  # -> of a round; not counted; tokens of the longest response
+    return (8, 2, 8192) if gpu() else (24, 4, 128)
+
+
+def force_lengths(limit):
+    """From here on vLLM's responses are as long as a law says, whatever the model: log-normal, median 1,500, sigma 0.8."""
+    import vllm
+
+    generate, rng = vllm.LLM.generate, random.Random(0)
+
+    def forced(self, prompts, sampling_params, **how):
+        each = sampling_params if isinstance(sampling_params, list) else [sampling_params] * len(prompts)
+        each = [copy.deepcopy(params) for params in each]
+        for params in each:
+            params.max_tokens = max(16, min(limit, int(rng.lognormvariate(math.log(1500), 0.8))))
+            params.ignore_eos, params.stop_token_ids = True, []
+        return generate(self, prompts, each, **how)
+
+    vllm.LLM.generate = forced
+
+
+def ours_on_a_gpu(flags):
+    """lite_ppo.py with forced lengths, every other response right"""
+    import lite_ppo
+    import rewards
+
+    rewards.GradePool.grade = lambda self, pairs: [rewards.Grade(i % 2 == 0) for i in range(len(pairs))]
+    force_lengths(rollouts()[2])
+    sys.argv = ["lite_ppo.py", *flags]
+    lite_ppo.main()
 
 
 def ours(folder, seed):
     """-> seconds and mean reward of each rollout"""
-    flags = ["--steps", ROLLOUTS, "--prompts_per_step", P, "--group_size", G, "--minibatches", STEPS, "--lr", LR]
+    count, _, limit = rollouts()
+    flags = ["--steps", count, "--prompts_per_step", P, "--group_size", G, "--minibatches", STEPS, "--lr", LR]
     flags += [
         "--scale",
         "laptop",
         "--eval_data",
         "eval_easy",
         "--eval_every",
-        ROLLOUTS,
+        count,
         "--save_every",
-        ROLLOUTS,
+        count,
         "--data",
         "hard",
     ]
-    flags += ["--max_response_len", LIMIT, "--seed", seed, "--out", folder / "run"]
-    subprocess.run([sys.executable, ROOT / "lite_ppo.py", *map(str, flags)], check=True, capture_output=True)
-    rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()][:ROLLOUTS]
+    flags += ["--max_response_len", limit, "--seed", seed, "--out", folder / "run"]
+    command = [ROOT / "lite_ppo.py"]
+    if gpu():
+        tiny, limits = (
+            ROOT / "data" / "tiny",
+            ["--eval_max_response_len", 64, "--max_prompt_len", 64, "--top_p", 1, "--top_k", 0],
+        )
+        flags += [
+            "--scale",
+            "node",
+            "--model",
+            folder.parent / "model",
+            "--engine",
+            "vllm",
+            *limits,
+            "--eval_samples",
+            1,
+        ]
+        flags += [
+            "--data",
+            tiny / "hard.jsonl",
+            "--eval_data",
+            tiny / "eval_easy.jsonl",
+            "--temperature",
+            1,
+            "--warmup_steps",
+            0,
+        ]
+        command = [__file__, "--ours"]
+    subprocess.run([sys.executable, *command, *map(str, flags)], check=True, capture_output=True)
+    rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()][:count]
     seconds = [row["time/step"] - row.get("time/eval", 0) - row.get("time/save", 0) for row in rows]
     return seconds, [row["reward/mean"] for row in rows]
 
@@ -62,15 +137,19 @@ def run_trl(out, seed):
     from rewards import GradePool
 
     training.use_cores()
-    model = ROOT / "data" / "tiny" / "base"
+    count, _, limit = rollouts()
+    model = Path(out).parent.parent / "model" if gpu() else ROOT / "data" / "tiny" / "base"
+    if gpu():
+        force_lengths(limit)
     tokenizer, pool, begun, means = transformers.AutoTokenizer.from_pretrained(model), GradePool(), [], []
     rows = [json.loads(line) for line in (ROOT / "data" / "tiny" / "hard.jsonl").read_text().splitlines()]
     rows = [{"prompt": common.render(row["problem"], tokenizer), "answer": row["answer"]} for row in rows]
 
     def reward(completions, answer, **_):
-        grades = pool.grade(list(zip(completions, answer)))
-        means.append(sum(g.correct for g in grades) / len(grades))
-        return [float(g.correct) for g in grades]
+        right = [i % 2 == 0 for i in range(len(completions))]
+        right = right if gpu() else [g.correct for g in pool.grade(list(zip(completions, answer)))]
+        means.append(sum(right) / len(right))
+        return [float(r) for r in right]
 
     class Clock(transformers.TrainerCallback):
         def on_step_begin(self, args, state, control, **_):
@@ -80,11 +159,16 @@ def run_trl(out, seed):
         def on_train_end(self, args, state, control, **_):
             begun.append(time.perf_counter())
 
+    pieces = 16 if gpu() else 1  # of a mini-batch: TRL pads, and holds all logits of a piece
+    machine = dict(use_cpu=True, bf16=False, gradient_checkpointing=False)
+    if gpu():
+        machine = dict(bf16=True, gradient_checkpointing=True, use_vllm=True, vllm_mode="colocate")
+        machine |= dict(vllm_enable_sleep_mode=True, vllm_gpu_memory_utilization=0.45)
     config = trl.GRPOConfig(
-        output_dir=str(Path(out).parent / "trl"), use_cpu=True, bf16=False, report_to=[], save_strategy="no", disable_tqdm=True,
-        logging_strategy="no", gradient_checkpointing=False, max_steps=ROLLOUTS * STEPS, seed=seed, num_generations=G,
-        per_device_train_batch_size=P * G // STEPS, gradient_accumulation_steps=1, steps_per_generation=STEPS,
-        max_completion_length=LIMIT, temperature=1.0, beta=0.0, epsilon=0.2, loss_type="dapo", scale_rewards="batch",
+        **machine, output_dir=str(Path(out).parent / "trl"), report_to=[], save_strategy="no", disable_tqdm=True,
+        logging_strategy="no", max_steps=count * STEPS, seed=seed, num_generations=G,
+        per_device_train_batch_size=P * G // STEPS // pieces, gradient_accumulation_steps=pieces, steps_per_generation=STEPS * pieces,
+        max_completion_length=limit, temperature=1.0, beta=0.0, epsilon=0.2, loss_type="dapo", scale_rewards="batch",
         learning_rate=LR, lr_scheduler_type="constant", warmup_steps=0, max_grad_norm=1.0, weight_decay=0.0,
     )  # fmt: skip
     trainer = trl.GRPOTrainer(
@@ -102,22 +186,27 @@ def main():
     parser.add_argument("--rounds", type=int, default=3, help="of both, in turn [%(default)s]")
     parser.add_argument("--trl", help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
+    if sys.argv[1:2] == ["--ours"]:
+        return ours_on_a_gpu(sys.argv[2:])
     args = parser.parse_args()
     if args.trl:
         return run_trl(args.trl, args.seed)
-    ratios = []
-    for seed in range(1, 1 + args.rounds):
-        medians = []
-        for name, side in (("lite_ppo.py", ours), ("TRL", theirs)):
-            with tempfile.TemporaryDirectory() as folder:
-                seconds, means = side(Path(folder), seed)
-            medians.append(statistics.median(seconds[WARM:]))
-            curve = " ".join(f"{statistics.mean(means[i : i + 6]):.2f}" for i in range(0, ROLLOUTS, 6))
-            print(
-                f"round {seed}  {name:12s} {medians[-1]:.3f} s a rollout, least {min(seconds):.3f}   reward {curve}",
-                flush=True,
-            )
-        ratios.append(medians[1] / medians[0])
+    (count, warm, _), ratios = rollouts(), []
+    with tempfile.TemporaryDirectory() as work:
+        if gpu():
+            make_model("0.6B", Path(work) / "model")
+        for seed in range(1, 1 + args.rounds):
+            medians = []
+            for name, side in (("lite_ppo.py", ours), ("TRL", theirs)):
+                folder = Path(work) / f"{name}_{seed}"
+                folder.mkdir()
+                seconds, means = side(folder, seed)
+                medians.append(statistics.median(seconds[warm:]))
+                quarter = max(1, count // 4)
+                curve = " ".join(f"{statistics.mean(means[i : i + quarter]):.2f}" for i in range(0, count, quarter))
+                said = f"{medians[-1]:.3f} s a rollout, least {min(seconds):.3f}   reward {curve}"
+                print(f"round {seed}  {name:12s} {said}", flush=True)
+            ratios.append(medians[1] / medians[0])
     print(f"ratio {statistics.median(ratios):.2f}")
 
 

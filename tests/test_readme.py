@@ -3,6 +3,7 @@
 `python tests/test_readme.py --write` writes it anew, between the marks `<!-- NAME -->` and `<!-- end -->`.
 """
 
+import argparse
 import ast
 import difflib
 import io
@@ -18,12 +19,14 @@ import pytest
 import torch
 from conftest import ROOT, SCRIPTS, SHARED, load_module, make_parser
 from test_bugs import PATCHES, head
+from test_plan import config
 from test_structure import DIFFERENT, TABLES, definitions, source
 from test_trl import CASES, MODULES
 
 import common
 import dapo
 import lite_ppo
+import plan
 
 README = ROOT / "README.md"
 
@@ -173,6 +176,14 @@ def flags():
     return found
 
 
+def node_plan():
+    """Of lite_ppo.py as the paper has it, from the configuration of Qwen3-4B"""
+    args = argparse.Namespace(
+        **{f: node for f, (_, node) in (common.MACHINE | lite_ppo.DEFAULTS).items()}, reference=False
+    )
+    return [f"    {line}" for line in plan.report(args, plan.shape(config("4B")), 8, 80).splitlines()]
+
+
 def machine():
     rows = ["| flag | laptop | node | |", "|---|---|---|---|"]
     for flag, (laptop, node) in common.MACHINE.items():
@@ -298,6 +309,7 @@ SECTIONS = {
     "tricks": tricks,
     "shared": shared,
     "machine": machine,
+    "plan": node_plan,
     "data": data,
     "constants": constants,
     "metrics": metrics,

@@ -318,6 +318,38 @@ def learn(script, processes, *flags):
     assert len(gaps) > 5 and max(gaps) < 1e-4
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_process_without_samples_takes_part(engine, tmp_path):
+    """One problem, one response, two processes: the second has nothing to sample, to grade or to count."""
+    one = tmp_path / "one.jsonl"
+    one.write_text((ROOT / "data" / "tiny" / "eval_easy.jsonl").read_text().splitlines()[0])
+    torchrun(
+        2,
+        "lite_ppo.py",
+        "--scale",
+        "laptop",
+        "--engine",
+        engine,
+        "--steps",
+        0,
+        "--eval_data",
+        one,
+        "--out",
+        tmp_path / "run",
+    )
+    [row] = read_metrics(tmp_path / "run")
+    assert row["eval/one/accuracy"] in (0, 1) and row["eval/one/response_len"] > 0
+
+
+def test_the_gpus_bench_runs(tmp_path):
+    """On the laptop's model with the transformers engine; what it measures there means nothing."""
+    command = [sys.executable, "tests/bench_gpu.py", "--size", "tiny", "--engine", "hf", "--only", "engine"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["engine"]["k3"] < 1e-6 and found["engine"]["tokens_per_s"] > 0
+
+
 @pytest.mark.vllm
 def test_two_processes_share_one_vllm(tmp_path):
     """Tensor parallel 2, fed from shared-out weights, samples and trains like one process with all of them."""
