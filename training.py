@@ -183,7 +183,8 @@ class LogprobEntropy(torch.autograd.Function):
         h, weight, labels = ctx.saved_tensors
         w = weight.to(ctx.dtype)
         grad_logp = torch.zeros(len(h), device=h.device) if grad_logp is None else grad_logp
-        grad_h, grad_w = torch.empty_like(h), torch.zeros_like(w) if ctx.needs_input_grad[1] else None
+        grad_h = torch.empty_like(h)
+        grad_w = torch.zeros_like(w, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for part in chunks(h):
             x = h[part].to(ctx.dtype)
             log_p = words_logp(x, w, ctx.temperature)

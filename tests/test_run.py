@@ -362,6 +362,26 @@ def test_two_processes_share_one_vllm(tmp_path):
 
 
 @pytest.mark.vllm
+def test_vllm_loads_a_checkpoint(finished):
+    """As `vllm serve` would, from the folder alone; greedily, token for token what transformers makes of it."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    [folder] = (finished / "checkpoints").iterdir()
+    ids = AutoTokenizer.from_pretrained(folder).encode("<|user|>what is 17 - 5 + 3?<|assistant|>")
+    lm = AutoModelForCausalLM.from_pretrained(folder)
+    want = lm.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=30)[0, len(ids) :].tolist()
+    what = f"""
+from vllm import LLM, SamplingParams
+llm = LLM({str(folder)!r}, enforce_eager=True, max_model_len=256, gpu_memory_utilization=0.3)
+out = llm.generate([dict(prompt_token_ids={ids})], SamplingParams(temperature=0, max_tokens=30), use_tqdm=False)
+print("tokens", list(out[0].outputs[0].token_ids))
+"""
+    env = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", what], cwd=ROOT, capture_output=True, text=True, env=env)
+    assert f"tokens {want}" in done.stdout, done.stderr[-2000:]
+
+
+@pytest.mark.vllm
 def test_vllm_without_a_launcher_and_to_the_end(tmp_path):
     """`python lite_ppo.py --engine vllm` starts, samples, and leaves without an error on the way out."""
     command = [sys.executable, "lite_ppo.py", *SMALL, "--engine", "vllm", "--out", str(tmp_path / "run")]
