@@ -6,7 +6,6 @@ engines.py; both give every process the same list for the whole batch.
 
 import argparse
 import contextlib
-import datetime
 import importlib.metadata
 import importlib.util
 import json
@@ -204,12 +203,11 @@ def parse_args(p, argv=None, reference=lambda args: False):
 def check(args):
     """Ends the program on settings that do not go together, and on files that are not there."""
     responses, longest = args.prompts_per_step * args.group_size, args.max_prompt_len + args.max_response_len
-    out, minibatch = Path(args.out), responses // args.minibatches
+    out = Path(args.out)
     finished, done = (out / "result.json").exists(), last_checkpoint(out)[0]
     size = f"--prompts_per_step {args.prompts_per_step} x --group_size {args.group_size}"
     mistakes = [
         (responses % args.minibatches, f"{size}: not divisible by --minibatches {args.minibatches}; change one of them"),
-        (minibatch % world(), f"{size}: a mini-batch of {minibatch} is not divisible by {world()} processes; change one"),
         (world() % args.vllm_tensor_parallel,
          f"--vllm_tensor_parallel {args.vllm_tensor_parallel}: {world()} processes are not divisible by it; change one"),
         (args.tokens_per_gpu < longest,
@@ -361,10 +359,8 @@ def start(args):
     import transformers
 
     cuda = torch.cuda.is_available()
-    check_room(args)
     shape = shape_of(args)
-    if cuda and (wrong := plan.refusal(args, shape, world(), plan.here()[1])):
-        fail(wrong)
+    check_room(args)
     sys.excepthook = explain(args, shape)
     warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process saves a checkpoint alone
     tokenizer = load_tokenizer(args)
@@ -380,8 +376,9 @@ def start(args):
         for file in eval_files
         for row in load_problems(file, tokenizer, *prompts)
     ]
-    patience = accelerate.InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))  # one rank may sample for long
+    patience = accelerate.InitProcessGroupKwargs(timeout=training.PATIENCE)
     accelerator = accelerate.Accelerator(cpu=not cuda, mixed_precision="no", kwargs_handlers=[patience])
+    refuse_what_does_not_fit(args, shape)
     use_cores()
     accelerate.utils.set_seed(args.seed)
     training.register_attention()
@@ -392,8 +389,6 @@ def start(args):
     model = training.shard(training.Policy(lm, args.head_dtype), args)
     optimizer = training.adam(args, [p for p in model.parameters() if p.requires_grad])
     engine = make_engine(args, tokenizer)
-    if cuda:
-        torch.set_float32_matmul_precision("high")  # TF32, exact for products of bf16; vLLM may have set something else
     if rank() == 0:
         (open_run if not args.resume else reopen_run)(args)
     accelerator.wait_for_everyone()
@@ -402,12 +397,19 @@ def start(args):
     return accelerator, model, optimizer, engine, problems, Log(args, first_step, eval_problems, shape)
 
 
+def refuse_what_does_not_fit(args, shape, alone=False):
+    if torch.cuda.is_available() and uses_vllm(args):
+        _, gib, _ = plan.here()
+        if wrong := plan.refusal(args, shape, world(), gib, alone):
+            fail(wrong)
+
+
 def explain(args, shape):
     """-> for sys.excepthook: what to do when a GPU runs out of memory, or a disk."""
 
     def hook(kind, error, trace):
         sys.__excepthook__(kind, error, trace)
-        if issubclass(kind, torch.OutOfMemoryError):
+        if "out of memory" in str(error):  # torch's and vLLM's errors have different types
             _, gib, name = plan.here()
             print(plan.report(args, shape, world(), gib, name), file=sys.stderr)
             advice = f"while training lower --tokens_per_gpu {args.tokens_per_gpu}, while sampling --kv_cache_gib"
@@ -447,8 +449,11 @@ def start_engine(args):
     """-> an engine with the weights of --model, where nobody trains"""
     import accelerate
 
-    accelerate.PartialState(cpu=not torch.cuda.is_available())  # the process group, if there are several
+    shape = shape_of(args)
     check_room(args)
+    patience = accelerate.InitProcessGroupKwargs(timeout=training.PATIENCE)
+    accelerate.Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[patience])
+    refuse_what_does_not_fit(args, shape, alone=True)
     use_cores()
     training.register_attention()
     engine = make_engine(args, load_tokenizer(args), alone=True)
@@ -496,6 +501,9 @@ class Log:
         now = time.perf_counter()
         self.sum(f"time/{phase}", (now - self.last_lap - idle) / world())
         self.sum("time/idle", idle / world())
+        if torch.cuda.is_available():
+            free, total = torch.cuda.mem_get_info()
+            self.max("perf/peak_gpu_gb", torch.tensor([(total - free) / 1e9]))
         self.last_lap = now
 
     def rollout(self, batch, grades, reward, adv):
@@ -523,7 +531,10 @@ class Log:
         """How well the packs of a rollout are filled and shared out. minis: of this process"""
         packs = [pack for packs in minis for pack in packs]
         if packs:
-            mine = [self.shape.flops([n for pack in packs for n in pack.lengths]) for packs in minis]
+            mine = [
+                self.shape.flops([n for pack in packs for n in pack.lengths], self.args.lora_rank > 0)
+                for packs in minis
+            ]
             work = torch.tensor(all_gather(mine), dtype=torch.double)  # (processes, mini-batches)
             self.flops = work.sum().item()
             self.mean("perf/padding", [1 - sum(pack.lengths) / self.args.tokens_per_gpu for pack in packs])
@@ -545,8 +556,6 @@ class Log:
             row["perf/train_tokens_per_s"] = trained / row["time/update"]
             if self.flops and (rates := plan.rates(plan.here()[2])) and torch.cuda.is_available():
                 row["perf/mfu"] = self.flops / row["time/update"] / world() / rates[0]
-        if torch.cuda.is_available():
-            row["perf/peak_gpu_gb"] = torch.cuda.max_memory_allocated() / 1e9
         if rank() == 0:
             with open(self.folder / "metrics.jsonl", "a") as f:
                 f.write(json.dumps(row) + "\n")
@@ -656,14 +665,11 @@ def save(log, engine, model, optimizer, problems, step):
 
 
 def trained_state(model, optimizer):
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+    from torch.distributed.checkpoint.state_dict import get_state_dict
 
-    return dict(
-        zip(
-            ("model", "optimizer"),
-            get_state_dict(model, optimizer, options=StateDictOptions(ignore_frozen_params=True)),
-        )
-    )
+    weights, adam = get_state_dict(model, optimizer)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}  # a tied one once
+    return {"model": {name: p for name, p in weights.items() if name in trained}, "optimizer": adam}
 
 
 def save_model(args, model, folder):
@@ -690,9 +696,7 @@ def restore(args, model, optimizer, problems):
         state = trained_state(model, optimizer)
         dcp.load(state, checkpoint_id=folder / "state", no_dist=world() == 1)
         parts = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
-        set_state_dict(
-            model, optimizer, **parts, options=StateDictOptions(strict=False)
-        )  # the frozen ones are not in it
+        set_state_dict(model, optimizer, **parts, options=StateDictOptions(strict=False))  # frozen ones are not in it
         problems.cursor = json.loads((folder / "state" / "cursor.json").read_text())
     return step
 

@@ -26,6 +26,7 @@ from training import (
     join_group,
     own_rng,
     rank,
+    use_tf32,
     weights,
     world,
 )  # fmt: skip
@@ -69,8 +70,6 @@ class Sampling:
 
 
 class Engine:
-    """Samples from its own copy of the weights. The order of a step: wake, load, generate as often as you like, sleep."""
-
     def __init__(self, args, tokenizer):
         self.args, self.tokenizer, self.stop = args, tokenizer, stop_ids(base_of(args.model), tokenizer)
         self.sampling = Sampling(args.temperature, args.top_p, args.top_k, args.max_response_len)
@@ -135,7 +134,8 @@ class VllmEngine(Engine):
                 load_format="dummy",  # `load` brings the weights before the first sample
                 enable_sleep_mode=cuda and args.sleep == "on",
                 enforce_eager=not cuda,  # CUDA graphs on a GPU; no half minute of compiling on a CPU
-                **({"kv_cache_memory_bytes": kv_cache_bytes(args, alone)} if cuda else {"gpu_memory_utilization": 0.3}),
+                kv_cache_memory_bytes=kv_cache_bytes(args, alone) if cuda else None,
+                gpu_memory_utilization=0.01 if cuda else 0.3,  # so much has to be free at once; the plan knows better
                 max_model_len=longest,
                 max_num_seqs=plan.MAX_SEQS,
                 max_num_batched_tokens=8192 if cuda else max(8192, longest),
@@ -145,6 +145,7 @@ class VllmEngine(Engine):
                 generation_config="vllm",  # sampling as we say, not as the checkpoint says
                 seed=args.seed,
             )
+        use_tf32()
         self.sleep()
 
     def wake(self):
@@ -155,6 +156,7 @@ class VllmEngine(Engine):
     def load(self, model):
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights(model)})
         self.llm.reset_prefix_cache()  # its keys and values came from the old weights
+        torch.cuda.empty_cache()  # of the weights that passed
         self.llm.wake_up(tags=["kv_cache"])
 
     def sample(self, prompts, seeds, how):

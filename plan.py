@@ -57,10 +57,13 @@ class Shape:
         """Parameters each token is multiplied with"""
         return self.params - (0 if self.tied else self.head)
 
+    def forward_flops(self, lengths):
+        """Over sequences of these lengths, causal attention counted as half of the square"""
+        return 2 * self.computed * sum(lengths) + 2 * self.layers * self.q * sum(n * n for n in lengths)
+
     def flops(self, lengths, lora=False):
-        """Of the forward and backward passes over sequences of these lengths; what is computed twice counts once"""
-        dense = (4 if lora else 6) * self.computed * sum(lengths)  # a frozen weight has no gradient
-        return dense + 6 * self.layers * self.q * sum(n * n for n in lengths)  # causal: half of the square
+        """Forward and backward; what is computed twice counts once, and frozen weights have no gradient"""
+        return 3 * self.forward_flops(lengths) - 2 * self.computed * sum(lengths) * lora
 
 
 def shape(config):
@@ -103,13 +106,14 @@ def trainer(args, s, gpus):
     trained, frozen = args.lora_rank * s.lora or s.params, s.params if args.lora_rank else 0
     outer = s.params - s.layers * s.layer  # embedding, output layer, last norm
     layer = max(args.tokens_per_gpu * in_a_layer(s), in_the_head(s, args.lora_rank > 0))
+    whole = 2 * (outer + 3 * s.layer)  # one computes, the next is there twice while it is put together
     reference = 2 * s.params / share if args.reference and not args.lora_rank else 0
     rows = {
         "weights, fp32": (4 * (trained + frozen) / share,) * 2,
         "Adam's two averages": (8 * trained / share,) * 2,
         "gradients, fp32": (0, 4 * trained / share),
         "reference, bf16": (reference,) * 2,
-        "whole layers, bf16": (0, 2 * (outer + 2 * s.layer)),  # the one that computes and the one that comes next
+        "whole layers, bf16": (0, whole),
         "their gradients": (0, 0 if frozen else 2 * outer + 6 * s.layer),
         "kept between layers": (0, args.tokens_per_gpu * kept(s)),
         "in the dearest layer": (0, layer),
@@ -149,16 +153,16 @@ def longest(args):
     return args.max_prompt_len + max(args.max_response_len, args.eval_max_response_len)
 
 
-def refusal(args, s, gpus, gib):
+def refusal(args, s, gpus, gib, alone=False):
     """-> one line that says what does not fit and which flag to change, or None"""
-    sampling, training = totals(args, s, gpus)
-    cache, token = kv_cache(args, s, gpus, gib)
+    sampling, training = totals(args, s, gpus, alone)
+    cache, token = kv_cache(args, s, gpus, gib, alone)
     room = USABLE * gib * GIB
     training += cache * (args.sleep == "off") * (args.kv_cache_gib > 0)
     sampling += cache * (args.kv_cache_gib > 0)
     asked = f"of the {room / GIB:.1f} usable on each of {gpus} GPUs"
     if training > room:
-        fits = int(args.tokens_per_gpu - (training - room) / (kept(s) + in_a_layer(s))) // 1024 * 1024
+        fits = fitting_tokens(args, s, gpus, room - (training - totals(args, s, gpus)[1]))
         change = [
             (args.sharding == "ddp" and gpus > 1, "give --sharding fsdp"),
             (fits >= args.max_prompt_len + args.max_response_len, f"lower --tokens_per_gpu to {fits}"),
@@ -178,6 +182,13 @@ def refusal(args, s, gpus, gib):
         return f"--max_response_len {args.max_response_len}: {need}, {cache / GIB:.1f} are free {asked}; lower it"
 
 
+def fitting_tokens(args, s, gpus, room):
+    """-> the largest multiple of 1,024 for --tokens_per_gpu with which training fits; 0 where none does"""
+    smaller = range(args.tokens_per_gpu // 1024 * 1024, 0, -1024)
+    tried = ((n, argparse.Namespace(**vars(args) | {"tokens_per_gpu": n})) for n in smaller)
+    return next((n for n, less in tried if totals(less, s, gpus)[1] <= room), 0)
+
+
 def seconds(args, s, gpus, cache, token, rates):
     """-> {phase: seconds a step}, at the rates of this device"""
     flops, bandwidth = rates
@@ -187,22 +198,23 @@ def seconds(args, s, gpus, cache, token, rates):
     read = 2 * s.params / args.vllm_tensor_parallel  # each token in turn reads all weights, and its keys and values
     one = (read + at_once * token * mean / 2) / bandwidth / BANDWIDTH
     tail = (args.max_response_len - mean) * read / bandwidth / BANDWIDTH  # the longest one, alone at the end
-    work = s.flops([mean] * responses, lora=args.lora_rank > 0) / gpus / flops / MFU
+    lengths, reached = [mean] * responses, gpus * flops * MFU
     passes = (args.old_logp == "recompute") + args.reference
     return {
         "sync": SYNC,
         "generate": responses / engines / at_once * mean * one + tail,
-        "old_logp": passes * work / 3,
-        "update": work,
+        "old_logp": passes * s.forward_flops(lengths) / reached,
+        "update": s.flops(lengths, lora=args.lora_rank > 0) / reached,
     }
 
 
 def here():
-    """-> GPUs, GiB of each and the rates of this machine; of eight H100 where there is none"""
+    """-> GPUs, GiB of each and their name; eight H100 where there is none"""
     if not torch.cuda.is_available():
         return 8, 80.0, "H100"
     name = torch.cuda.get_device_name()
-    return torch.cuda.device_count(), torch.cuda.mem_get_info()[1] / GIB, name
+    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return torch.cuda.device_count(), total / GIB, name
 
 
 def rates(name):
@@ -228,6 +240,6 @@ def report(args, s, gpus, gib, name="H100"):
             f"{cache / token:,.0f} tokens in flight on a GPU: {cache / token / longest(args):.0f} of the longest responses",
             f"a step in about {step:.0f} s ({parts}), {args.steps} steps in {args.steps * step / 3600:.1f} hours, if training",
             f"reaches {MFU:.0%} of the FLOP/s of {name}, sampling {BANDWIDTH:.0%} of its memory's speed, and responses are as long as",
-            f"{MEAN_LENGTH:.0%} of their limit (stated, not measured; without evaluations)",
+            f"{MEAN_LENGTH:.0%} of their limit (stated, not measured; without evaluations and resampling)",
         ]
     return "\n".join(lines)

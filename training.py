@@ -7,6 +7,8 @@ N responses in a batch, prompt by prompt; S tokens in a pack, T of them trained 
 """
 
 import contextlib
+import datetime
+import functools
 import inspect
 import json
 import os
@@ -25,6 +27,7 @@ import plan
 
 ROOT = Path(__file__).parent
 ADAPTER = "adapter_config.json"  # what makes a folder one of peft's
+PATIENCE = datetime.timedelta(hours=2)  # of one process with another, which may sample for long
 CPU_THREADS = 8  # at most, for all processes together; a tiny model has no work for more
 
 # --------------------------------------------------------------------------------------------------- processes, devices
@@ -38,11 +41,17 @@ def world():
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
 
 
+@functools.cache
+def host_group():
+    """The processes again, over the machine's memory: on a GPU what they tell each other would need room there."""
+    return dist.new_group(backend="gloo", timeout=PATIENCE)
+
+
 def all_gather(thing):
     """-> the list of every process's `thing`, in rank order"""
     things = [thing] * world()
     if world() > 1:
-        dist.all_gather_object(things, thing)
+        dist.all_gather_object(things, thing, group=host_group() if torch.cuda.is_available() else None)
     return things
 
 
@@ -72,6 +81,12 @@ def join_group():
 def use_cores():
     if not torch.cuda.is_available():
         torch.set_num_threads(max(1, min(CPU_THREADS, os.cpu_count()) // world()))  # accelerate launch says 1
+
+
+def use_tf32():
+    """Products of fp32 on a GPU: exact where both sides were rounded to bf16, as in the output layer."""
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")
 
 
 def device():
@@ -270,6 +285,7 @@ def shard(model, args):
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     join_group()
+    use_tf32()
     model.replicas = args.sharding == "ddp"
     sizes, names = ((world(), 1), ("replicate", "shard")) if model.replicas else ((world(),), ("shard",))
     mesh = init_device_mesh(device().type, sizes, mesh_dim_names=names)
@@ -281,18 +297,19 @@ def shard(model, args):
 
 def adam(args, trained):
     """AdamW with its two averages from the start: what a GPU holds is there at once, and a checkpoint never lacks them."""
-    cuda = torch.cuda.is_available()
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=cuda)
+    fused = torch.cuda.is_available()
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=fused)
     for p in trained:
-        step = torch.zeros((), device=device() if cuda else "cpu")
+        step = torch.zeros((), device=device())
         optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     return optimizer
 
 
+@torch.no_grad()
 def weights(model):
     """Every parameter by its Hugging Face name, one at a time, whole, as the engine computes. All processes must go through all.
 
-    With LoRA what the adapter adds is in it, summed in fp32 beside the weights, which stay as they are.
+    With LoRA what the adapter adds is in it; the weights themselves stay as they are.
     """
     lm = model.lm
     for name, p in lm.named_parameters():
@@ -300,7 +317,7 @@ def weights(model):
             continue
         if name.endswith(".base_layer.weight"):
             p = p + lm.get_submodule(name.removesuffix(".base_layer.weight")).get_delta_weight("default")
-        p = p.detach().to(compute_dtype())  # the shard, before it is gathered: half the bytes
+        p = p.to(compute_dtype())  # the shard, before it is gathered: half the bytes
         yield name.removeprefix("base_model.model.").replace(".base_layer.", "."), gathered(p)
 
 

@@ -66,7 +66,7 @@ def make_batch(count=12, seed=0, longest=60):
 
 def engine_args(**changes):
     settings = dict(model=BASE, temperature=1.0, top_p=1.0, top_k=0, max_prompt_len=64, max_response_len=64, seed=1)
-    settings["lora_rank"] = 0
+    settings |= {"lora_rank": 0, "reference": False}
     machine = {name: laptop for name, (laptop, _) in common.MACHINE.items()}
     return Namespace(**(machine | settings | dict(eval_max_response_len=64) | changes))
 

@@ -151,7 +151,7 @@ def test_unknown_flag(refused):
 
 def test_processes(refused, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
-    assert "3 processes" in refused("--scale", "laptop")
+    assert "3 processes" in refused("--scale", "laptop", "--vllm_tensor_parallel", "2")
 
 
 def test_a_folder_without_a_model(refused, tmp_path):

@@ -62,7 +62,7 @@ def engine(model):
 
     before = free()  # no trainer on the GPU yet
     engine = engines.VllmEngine(
-        engine_args(model=model, max_response_len=256, kv_cache_gib=8), AutoTokenizer.from_pretrained(model)
+        engine_args(model=model, max_response_len=256, kv_cache_gib=24), AutoTokenizer.from_pretrained(model)
     )
     yield engine, before
     engine.close()
@@ -89,13 +89,14 @@ def shake(policy, model, seed):
 
 def test_sleep_returns_the_memory(engine, policy):
     engine, before = engine
+    before -= sum(p.numel() * 4 for p in policy.parameters())  # the trainer's
     engine.wake()
     engine.load(policy)
     awake = free()
     engine.sleep()
     asleep = free()
     print(f"vLLM awake holds {(before - awake) / GIB:.2f} GiB, asleep {(before - asleep) / GIB:.2f} GiB")
-    assert before - awake > 5 * GIB
+    assert before - awake > 24 * GIB
     assert asleep - awake >= 0.9 * (before - awake)
 
 
@@ -150,33 +151,38 @@ def test_varlen_equals_one_sequence_at_a_time(policy, model):
     assert torch.nn.functional.cosine_similarity(*(training.gathered(g).flatten() for g in grads), dim=0) > 0.99
 
 
-@pytest.mark.parametrize("head_dtype", ["float32", "model"])
-def test_the_plans_peak(model, head_dtype):
-    """Two updates of a full pack; what torch allocates at most, against the plan's rows of the trainer."""
-    from transformers import AutoConfig
+@pytest.mark.parametrize("layers, tokens", [(2, 4096), (12, 32768)])
+def test_the_plans_peak(layers, tokens, model, tmp_path):
+    """Two updates of a full pack at Qwen3's 152k words: what torch allocates at most beside weights, gradients and Adam. In the small
+    one the output layer needs the most, in the large one a decoder layer."""
+    from transformers import AutoConfig, Qwen3ForCausalLM
 
-    args = engine_args(model=model, sharding="fsdp", tokens_per_gpu=16384, head_dtype=head_dtype, reference=False)
-    gc.collect()
-    torch.cuda.empty_cache()
+    config = AutoConfig.from_pretrained(model)
+    config.vocab_size, config.num_hidden_layers, config.layer_types = 151936, layers, None
+    config = type(config).from_dict(config.to_dict())
+    Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    args = engine_args(model=str(tmp_path), sharding="fsdp", tokens_per_gpu=tokens)
+    free()
     before = torch.cuda.memory_allocated()
     lm = training.load_lm(args)
     lm.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    policy = training.shard(training.Policy(lm, head_dtype), args)
+    policy = training.shard(training.Policy(lm), args)
     optimizer = training.adam(argparse.Namespace(lr=1e-6, weight_decay=0), list(policy.parameters()))
-    batch = make_batch(1200, longest=30)
+    batch = make_batch(tokens // 16, longest=30)
     lengths = [len(r.problem["prompt_ids"]) + len(r.ids) for r in batch]
-    rows = range(max(i for i in range(1200) if sum(lengths[:i]) <= 16384))
-    pack = training.Pack(batch, rows)
+    pack = training.Pack(batch, range(max(i for i in range(len(batch)) if sum(lengths[:i]) <= tokens)))
     torch.cuda.reset_peak_memory_stats()
     for _ in range(2):
         logp, _ = training.logprobs(policy, pack, 1.0)
         logp.sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-    peak = torch.cuda.max_memory_allocated() - before
-    s = plan.shape(AutoConfig.from_pretrained(model))
-    planned = sum(training_bytes for _, training_bytes in plan.trainer(args, s, 1).values())
-    print(f"--head_dtype {head_dtype}: peak {peak / GIB:.2f} GiB, planned {planned / GIB:.2f}")
+    s = plan.shape(config)
+    peak = torch.cuda.max_memory_allocated() - before - 16 * s.params
+    planned = sum(row[1] for row in plan.trainer(args, s, 1).values()) - 16 * s.params
+    print(
+        f"{layers} layers, {tokens} tokens: peak {peak / GIB:.2f} GiB beside the weights, planned {planned / GIB:.2f}"
+    )
     assert peak == pytest.approx(planned, rel=0.15)
 
 
@@ -191,16 +197,22 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_a_run_learns(name, tmp_path):
+SEVERAL = {  # on two GPUs
+    "fsdp": ["--sharding", "fsdp"],
+    "ddp": ["--sharding", "ddp"],
+    "tensor_parallel": ["--vllm_tensor_parallel", "2"],
+}
+
+
+def learns(tmp_path, launcher, more):
     """The real command on the laptop's model, sampled by vLLM, and once more after --resume."""
     tiny, folder = ROOT / "data" / "tiny", tmp_path / "run"
     flags = ["--scale", "node", "--model", BASE, "--data", tiny / "easy.jsonl", "--eval_data", tiny / "eval_easy.jsonl"]
     flags += ["--prompts_per_step", 16, "--minibatches", 4, "--lr", "3e-4", "--warmup_steps", 0, "--eval_samples", 2]
     flags += ["--temperature", 1, "--top_p", 1, "--top_k", 0, "--max_prompt_len", 64, "--max_response_len", 128]
     flags += ["--eval_max_response_len", 128, "--tokens_per_gpu", 4096, "--kv_cache_gib", 4, "--engine", "vllm"]
-    for steps, more in ((10, [*flags, *RUNS[name], "--out", folder]), (12, ["--resume", folder])):
-        command = [sys.executable, "lite_ppo.py", "--steps", steps, *more]
+    for steps, these in ((10, [*flags, *more, "--out", folder]), (12, ["--resume", folder])):
+        command = [sys.executable, *launcher, "lite_ppo.py", "--steps", steps, *these]
         done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
     rows = read_metrics(folder)
@@ -210,3 +222,14 @@ def test_a_run_learns(name, tmp_path):
     assert max(row["rollout/logp_k3"] for row in rows[:12] if "rollout/logp_k3" in row) < 1e-3
     first, last = (sum(row["rollout/accuracy"] for row in part) / 3 for part in (rows[:3], rows[9:12]))
     assert last > first + 0.1
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_learns(name, tmp_path):
+    learns(tmp_path, [], RUNS[name])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
+@pytest.mark.parametrize("name", SEVERAL)
+def test_a_run_on_two_gpus_learns(name, tmp_path):
+    learns(tmp_path, ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2], SEVERAL[name])

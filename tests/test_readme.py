@@ -67,7 +67,7 @@ METRICS = {  # every name that is logged, each once
     "perf/padding, imbalance": "share of the packs' room (`--tokens_per_gpu`) that is empty; work of the busiest process over the mean, "
     "by mini-batch",
     "perf/mfu": "FLOPs of the update, what is computed twice counted once, over the GPUs' bf16 peak; where the peak is known",
-    "perf/peak_gpu_gb": "memory of this GPU",
+    "perf/peak_gpu_gb": "memory taken on the fullest GPU at the end of any phase of the step, vLLM's and torch's cache included",
 }
 
 

@@ -457,7 +457,7 @@ import os, signal, sys, lite_ppo, common
 check, calls = common.check_finite, []
 def kill(*args):
     calls.append(1)
-    if len(calls) == 3 and training.rank() == 1:
+    if len(calls) == 3 and common.rank() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     check(*args)
 common.check_finite = kill
@@ -497,7 +497,7 @@ def test_without_an_advantage_nothing_is_computed_but_the_step(tmp_path, monkeyp
     """All right in the second rollout: no token goes through the model, and Adam goes on with what it remembers."""
     passed, stepped, weights, logprobs = [], [], [], training.logprobs
     monkeypatch.setattr(
-        common, "logprobs", lambda m, pack, t: (passed.append(len(pack.labels)), logprobs(m, pack, t))[1]
+        training, "logprobs", lambda m, pack, t: (passed.append(len(pack.labels)), logprobs(m, pack, t))[1]
     )
 
     def step(self, *a, **k):
