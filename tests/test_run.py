@@ -242,34 +242,40 @@ def test_two_processes_give_the_same_rollout_and_step(name, tmp_path):
         assert two[0][name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
 
 
-@pytest.mark.parametrize("sharding", ["fsdp", "ddp"])
-@pytest.mark.parametrize("budget, survivors", [(10_000, 12), (80, 12), (10_000, 1)])
-def test_any_split_gives_the_same_gradient(budget, survivors, sharding, tmp_path):
+def in_two_processes(folder, cases):
+    """-> what workers.py makes of each"""
+    torchrun(2, "tests/workers.py", folder / "got.pt", *" / ".join(" ".join(map(str, case)) for case in cases).split())
+    return torch.load(folder / "got.pt")
+
+
+def test_any_split_gives_the_same_gradient(tmp_path):
     """One process or two, few packs or many; with a single response, the second process has an empty pack."""
-    loss, whole = workers.gradient(sharding, 10_000, survivors)
-    assert whole.abs().max() > 0
-    torchrun(2, "tests/workers.py", "gradient", tmp_path / "gradient.pt", sharding, budget, survivors)
-    got_loss, got = torch.load(tmp_path / "gradient.pt")
-    off = ((got - whole).norm() / whole.norm()).item()
-    print(f"{sharding}, packs of {budget}, {survivors} responses: the gradient is off by {off:.1e} of its length")
-    assert got_loss == pytest.approx(loss, rel=1e-6)
-    assert off < 1e-6
+    cases = [("gradient", s, *case) for s in ("fsdp", "ddp") for case in ((10_000, 12), (80, 12), (10_000, 1))]
+    for (_, sharding, budget, survivors), (got_loss, got) in zip(cases, in_two_processes(tmp_path, cases)):
+        loss, whole = workers.gradient(sharding, 10_000, survivors)
+        off = ((got - whole).norm() / whole.norm()).item()
+        print(f"{sharding}, packs of {budget}, {survivors} responses: the gradient is off by {off:.1e} of its length")
+        assert whole.abs().max() > 0 and got_loss == pytest.approx(loss, rel=1e-6)
+        assert off < 1e-6
 
 
-@pytest.mark.parametrize("sharding, dtype, lora_rank", [
-    ("fsdp", "float32", 0), ("fsdp", "bfloat16", 0), ("ddp", "bfloat16", 0), ("fsdp", "float32", 4),
-])  # fmt: skip
-def test_the_engine_is_sent_the_weights(sharding, dtype, lora_rank, tmp_path):
+def test_the_engine_is_sent_the_weights(tmp_path):
     """From two processes that share them: to the last bit, or as their rounding; an adapter is added before it."""
-    torchrun(2, "tests/workers.py", "streamed", tmp_path / "weights.pt", sharding, dtype, lora_rank)
-    got, policy = torch.load(tmp_path / "weights.pt"), load_policy(lora_rank=lora_rank)
-    want = dict((policy.lm.merge_and_unload() if lora_rank else policy.lm).named_parameters())
-    assert got.keys() == want.keys()
-    for name, p in want.items():
-        assert got[name].dtype == getattr(torch, dtype)
-        torch.testing.assert_close(got[name], p.detach().to(got[name].dtype), rtol=0, atol=1e-6 if lora_rank else 0)
-    plain = dict(load_policy().lm.named_parameters())
-    assert any(not torch.equal(got[name], plain[name].to(got[name].dtype)) for name in got) == (lora_rank > 0)
+    cases = [
+        ("streamed", "fsdp", "float32", 0),
+        ("streamed", "fsdp", "bfloat16", 0),
+        ("streamed", "ddp", "bfloat16", 0),
+    ]
+    cases += [("streamed", "fsdp", "float32", 4)]
+    for (_, _, dtype, lora_rank), got in zip(cases, in_two_processes(tmp_path, cases)):
+        policy = load_policy(lora_rank=lora_rank)
+        want = dict((policy.lm.merge_and_unload() if lora_rank else policy.lm).named_parameters())
+        assert got.keys() == want.keys()
+        for name, p in want.items():
+            assert got[name].dtype == getattr(torch, dtype)
+            torch.testing.assert_close(got[name], p.detach().to(got[name].dtype), rtol=0, atol=1e-6 if lora_rank else 0)
+        plain = dict(load_policy().lm.named_parameters())
+        assert any(not torch.equal(got[name], plain[name].to(got[name].dtype)) for name in got) == (lora_rank > 0)
 
 
 def test_a_run_goes_on_with_another_number_of_processes(finished, tmp_path):

@@ -1,9 +1,13 @@
-"""What the tests run under torchrun, in several processes: `workers.py NAME FILE ARGUMENTS`; the first one leaves what it got in FILE."""
+"""What the tests run under torchrun, in several processes: `workers.py FILE NAME ARGUMENTS / NAME ARGUMENTS ...`.
+
+The first process leaves what it got, for each NAME in turn, in FILE: starting them takes longer than what they do.
+"""
 
 import sys
 import time
 
 import accelerate
+import pytest
 import torch
 import torch.distributed as dist
 from conftest import engine_args, load_policy, make_batch
@@ -41,15 +45,17 @@ def gradient(sharding, tokens_per_gpu, survivors):
 def streamed(sharding, dtype, lora_rank):
     """-> what an engine is sent of the laptop's base model, the trainer computing in this precision"""
     accelerate.Accelerator(cpu=True)
-    training.compute_dtype = lambda: getattr(torch, dtype)
-    model = training.shard(load_policy(lora_rank=int(lora_rank)), engine_args(sharding=sharding))
-    return {name: p.clone() for name, p in training.weights(model)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "compute_dtype", lambda: getattr(torch, dtype))
+        model = training.shard(load_policy(lora_rank=int(lora_rank)), engine_args(sharding=sharding))
+        return {name: p.clone() for name, p in training.weights(model)}
 
 
 if __name__ == "__main__":
-    name, path, *arguments = sys.argv[1:]
-    result = globals()[name](*arguments)
+    path, *calls = sys.argv[1:]
+    calls = [call.split() for call in " ".join(calls).split("/")]
+    results = [globals()[name](*arguments) for name, *arguments in calls]
     if training.rank() == 0:
-        torch.save(result, path)
+        torch.save(results, path)
     time.sleep(common.GLOO_REST)
     dist.destroy_process_group()
