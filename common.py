@@ -6,6 +6,7 @@ engines.py; both give every process the same list for the whole batch.
 
 import argparse
 import contextlib
+import errno
 import importlib.metadata
 import importlib.util
 import json
@@ -409,15 +410,14 @@ def explain(args, shape):
 
     def hook(kind, error, trace):
         sys.__excepthook__(kind, error, trace)
-        if "out of memory" in str(error):  # torch's and vLLM's errors have different types
+        if issubclass(kind, torch.OutOfMemoryError) or "out of memory" in str(error):  # the latter is vLLM's
             _, gib, name = plan.here()
             print(plan.report(args, shape, world(), gib, name), file=sys.stderr)
             advice = f"while training lower --tokens_per_gpu {args.tokens_per_gpu}, while sampling --kv_cache_gib"
             print(f"process {rank()}: the GPU is out of memory; {advice}", file=sys.stderr)
-        if (
-            issubclass(kind, OSError) or kind.__name__ == "CheckpointException"
-        ):  # torch's, of any fault while writing one
-            free = shutil.disk_usage(args.out).free / 1e9
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if full or kind.__name__ == "CheckpointException":  # torch's, of any fault while writing one
+            free = shutil.disk_usage(next(p for p in Path(args.out).absolute().parents if p.exists())).free / 1e9
             advice = f"{free:.1f} GB are free there. A checkpoint is whole or not there; --resume goes on from the last"
             print(f"process {rank()}: {args.out} could not be written; {advice}", file=sys.stderr)
 
