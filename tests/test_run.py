@@ -726,7 +726,7 @@ def test_copy_and_modify_runs(tmp_path):
 
 def test_copy_and_modify(tmp_path):
     """`cp lite_ppo.py mine.py`, another line of advantages, run: the run is called after the copy."""
-    for name in ("common.py", "rewards.py", "plots", "data"):
+    for name in (*(f"{name}.py" for name in SHARED), "plots", "data"):
         (tmp_path / name).symlink_to(ROOT / name)
     text = (ROOT / "lite_ppo.py").read_text()
     line = "lambda r: (r - group_mean(r)) / batch_std(r)"
