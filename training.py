@@ -73,7 +73,8 @@ def barrier():
 def join_group():
     """A process group of this process alone where nothing launched several: vLLM and FSDP2 want one."""
     if not dist.is_initialized():
-        os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})  # vLLM reads them
+        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
+        os.environ.update({name: str(value) for name, value in alone.items()})  # vLLM reads them
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 

@@ -382,7 +382,9 @@ llm = LLM({str(folder)!r}, enforce_eager=True, max_model_len=256, gpu_memory_uti
 out = llm.generate([dict(prompt_token_ids={ids})], SamplingParams(temperature=0, max_tokens=30), use_tqdm=False)
 print("tokens", list(out[0].outputs[0].token_ids))
 """
-    env = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
+    launcher = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}  # an engine of ours sets them
+    env = {name: value for name, value in os.environ.items() if name not in launcher}
+    env |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", what], cwd=ROOT, capture_output=True, text=True, env=env)
     assert f"tokens {want}" in done.stdout, done.stderr[-2000:]
 
