@@ -378,7 +378,7 @@ def test_vllm_loads_a_checkpoint(finished):
     want = lm.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=30)[0, len(ids) :].tolist()
     what = f"""
 from vllm import LLM, SamplingParams
-llm = LLM({str(folder)!r}, enforce_eager=True, max_model_len=256, gpu_memory_utilization=0.3)
+llm = LLM({str(folder)!r}, dtype="float32", enforce_eager=True, max_model_len=256, gpu_memory_utilization=0.3)
 out = llm.generate([dict(prompt_token_ids={ids})], SamplingParams(temperature=0, max_tokens=30), use_tqdm=False)
 print("tokens", list(out[0].outputs[0].token_ids))
 """
