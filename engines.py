@@ -29,7 +29,7 @@ from training import (
     use_tf32,
     weights,
     world,
-)  # fmt: skip
+)
 
 HF_ROWS = 256  # sequences the hf engine samples at a time
 HF_CROWD = 0.8  # it drops the finished ones whenever fewer than this share is still going

@@ -271,6 +271,7 @@ def pretrain(model, batches, steps, learning_rate, name):
 def measure(style):
     """Prints pass@1 and pass@8 of a model on the evaluation sets, at temperature 1 and the limit of the laptop scale."""
     settings = dict(model=str(FOLDER / style), temperature=1.0, top_p=1.0, top_k=0, max_response_len=128, seed=0)
+    settings["vllm_tensor_parallel"] = 1
     tokenizer = PreTrainedTokenizerFast.from_pretrained(FOLDER / style)
     engine = engines.HfEngine(argparse.Namespace(**settings), tokenizer)
     for name in SETS:
