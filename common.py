@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,7 @@ from training import (
 SYSTEM = r"Please reason step by step, and put your final answer within \boxed{}."  # arXiv 2508.08221, appendix A.2
 PLAIN = "{system}\n\nProblem: {problem}\n\nSolution:"  # --template plain
 GLOO_REST = 0.5  # seconds for gloo's thread to drop the last barrier; see `finish`
+PROBABILITIES = 0, 0.3, 0.6, 0.85, 0.95, 0.99  # where a bin of the sampled tokens' begins; arXiv 2508.08221, figure 9
 STALE = {torch.float32: 1e-3, torch.bfloat16: 0.05}  # nats, see `check_engine`; healthy: 1e-7 and about 0.01
 
 # --------------------------------------------------------------------------------------------------------------- flags
@@ -114,6 +116,7 @@ FLAGS = {  # the flags all scripts share; their defaults stand in the script
     "eval_max_response_len": (COUNT, "tokens; a response is cut there in evaluations"),
     "save_every": (COUNT, "rollouts between two checkpoints"),
     "save_total_limit": (COUNT, "checkpoints that are kept, the last ones"),
+    "log_tokens": (["on", "off"], "on: log how likely the sampled tokens were and which the clip cut (see the README)"),
     "sharding": (["fsdp", "ddp"], "fsdp: weights, gradients and Adam are shared out over the GPUs; ddp: each has all"),
     "compile": (["on", "off"], "torch.compile of the decoder layers"),
     "head_dtype": (["float32", "model"], "precision of the output layer, in trainer and engine; model: bf16 on a GPU"),
@@ -132,6 +135,7 @@ MACHINE = ENGINE | {  # and of the one that trains
     "tokens_per_gpu": (4096, 32768),
     "compile": ("off", "off"),
     "save_total_limit": (1, 1),
+    "log_tokens": ("on", "on"),
 }
 
 
@@ -187,11 +191,7 @@ def parse_args(p, argv=None, reference=lambda args: False):
     given = {"script": p.script, "out": None, "resume": None, "plan": None} | stored | given
     args = settings(p.table, given)
     args.reference = reference(args)
-    if not args.out:
-        usual = vars(settings(p.table, {"scale": args.scale})) | {"scale": here()}
-        differ = {k: v for k, v in vars(args).items() if k in usual and v != usual[k] and k != "seed"}
-        parts = [f"{k}={v}".strip("/").replace("/", "-") for k, v in differ.items()]
-        args.out = str(Path("runs") / "__".join([p.script, *parts, f"s{args.seed}"]))
+    args.out = args.out or str(Path("runs") / run_name(args, p.table))
     check(args)
     if args.plan:
         show_plan(args)
@@ -199,6 +199,14 @@ def parse_args(p, argv=None, reference=lambda args: False):
     if rank() == 0:
         print(f"scale {args.scale}: {why if args.scale == here() else '--scale'}. The run is in {args.out}")
     return args
+
+
+def run_name(args, table):
+    """<script>__<flags that differ from their defaults, MACHINE and the script's in one table>__s<seed>"""
+    usual = vars(settings(table, {"scale": args.scale})) | {"scale": here()}
+    differ = {k: v for k, v in vars(args).items() if k in usual and v != usual[k] and k != "seed"}
+    parts = [f"{k}={v}".strip("/").replace("/", "-") for k, v in differ.items()]
+    return "__".join([args.script, *parts, f"s{args.seed}"])
 
 
 def check(args):
@@ -395,7 +403,7 @@ def start(args):
     accelerator.wait_for_everyone()
     transformers.utils.logging.disable_progress_bar()  # from here on there is ours
     first_step = restore(args, model, optimizer, problems)
-    return accelerator, model, optimizer, engine, problems, Log(args, first_step, eval_problems, shape)
+    return accelerator, model, optimizer, engine, problems, Log(args, first_step, eval_problems, shape, tokenizer)
 
 
 def refuse_what_does_not_fit(args, shape, alone=False):
@@ -468,18 +476,19 @@ def start_engine(args):
 class Log:
     """The metrics of one step, over all processes, and the run folder they go to. A script notes; `write` ends the step."""
 
-    def __init__(self, args, first_step, eval_problems, shape):
-        self.args, self.folder, self.shape = args, Path(args.out), shape
+    def __init__(self, args, first_step, eval_problems, shape, tokenizer):
+        self.args, self.folder, self.shape, self.tokenizer = args, Path(args.out), shape, tokenizer
         self.first_step, self.eval_problems = first_step, eval_problems
         if rank() == 0:
-            forget(self.folder / "metrics.jsonl", first_step)
-            forget(self.folder / "samples.jsonl", first_step)
+            for name in ("metrics", "samples", "clipped", "tokens"):
+                forget(self.folder / f"{name}.jsonl", first_step)
         self.bar = tqdm(total=args.steps, initial=first_step, desc=self.folder.name, unit="step", disable=rank() > 0)
         self.clear()
 
     def clear(self):
         self.sums, self.counts, self.maxima = {}, {}, {}
         self.tokens, self.flops, self.last_lap = 0, 0, time.perf_counter()
+        self.clipped, self.shown = {"low": Counter(), "high": Counter()}, None
 
     def sum(self, name, values, count=0):
         values = torch.as_tensor(values, dtype=torch.double).detach()
@@ -515,7 +524,16 @@ class Log:
         self.mean("rollout/truncated", [r.truncated for r in batch])
         self.mean("rollout/accuracy", solved)
         if truncated:
-            self.mean("rollout/repeat_ratio", spread(lambda some: [rewards.repeats(r.ids) for r in some], truncated))
+            loops = spread(lambda some: [rewards.repeats(r.ids) for r in some], truncated)
+            self.mean("rollout/repeat_ratio", loops)
+            for name, which in (("right", True), ("wrong", False)):
+                of = [
+                    loops[i]
+                    for i, g in enumerate(g for r, g in zip(batch, grades) if r.truncated)
+                    if g.correct == which
+                ]
+                if of:
+                    self.mean(f"rollout/repeat_ratio_{name}", of)
         self.mean("reward/mean", reward)
         self.mean("reward/std", reward.std())
         self.mean("reward/solved_all", solved.all(1))
@@ -526,6 +544,29 @@ class Log:
             self.mean("adv/std", adv.std())
             self.max("adv/max", adv.abs())
             self.mean("adv/zero", adv == 0)
+
+        if self.args.log_tokens == "on":
+            logp = torch.cat([r.engine_logp for r in batch])  # of all sampled tokens
+            self.mean("rollout/entropy", -logp)
+            found = torch.bucketize(logp.exp(), torch.tensor(PROBABILITIES[1:]), right=True)
+            for i, low in enumerate(PROBABILITIES):
+                self.mean(f"rollout/prob_{100 * low:.0f}", found == i)
+
+    def trained_tokens(self, batch, pack, ratio, entropy, adv, low, high):
+        """Counts the tokens that the lower and the upper bound cut, and keeps the last pack, to show some of its responses.
+
+        ratio, entropy (nats), adv (T,); low, high (T,) bool: was the gradient of this token cut there?
+        """
+        if self.args.log_tokens == "on" and len(pack.labels):
+            for name, cut in (("low", low), ("high", high)):
+                self.clipped[name].update(pack.labels[cut].tolist())
+            self.shown = (
+                batch,
+                pack,
+                {"ratio": ratio.detach(), "entropy": entropy.detach()},
+                adv,
+                {"low": low, "high": high},
+            )
 
     def packs(self, minis):
         """How well the packs of a rollout are filled and shared out. minis: of this process"""
@@ -557,8 +598,11 @@ class Log:
             if self.flops and (rates := plan.rates(plan.here()[2])) and torch.cuda.is_available():
                 row["perf/mfu"] = self.flops / row["time/update"] / world() / rates[0]
         if rank() == 0:
-            with open(self.folder / "metrics.jsonl", "a") as f:
-                f.write(json.dumps(row) + "\n")
+            append(self.folder / "metrics.jsonl", [row])
+        if self.tokens and self.args.log_tokens == "on":
+            self.write_clipped(step)
+        if self.shown and rank() == 0 and step % self.args.eval_every == 0:
+            self.write_shown(step)
         if self.tokens:
             self.bar.update()
             self.say(
@@ -567,6 +611,27 @@ class Log:
                 f"clipped {row.get('train/clip_low', 0) + row.get('train/clip_high', 0):.4f} | {row['time/step']:.2f} s"
             )
         self.clear()
+
+    def write_clipped(self, step):
+        """A row of clipped.jsonl: {"step", "low": [[token, id, how often it was cut], ...], "high"}, on all processes."""
+        shares, row = all_gather(self.clipped), {"step": step}
+        for name in self.clipped:
+            counts = sum((share[name] for share in shares), Counter()).most_common()
+            row[name] = [[self.tokenizer.decode([i]), i, n] for i, n in counts]
+        if rank() == 0:
+            append(self.folder / "clipped.jsonl", [row])
+
+    def write_shown(self, step):
+        """Rows of tokens.jsonl: of the last pack of the step the first response and the one with most tokens cut, token by token."""
+        batch, pack, values, adv, cuts = self.shown
+        cut, rows = pack.rows[cuts["low"] | cuts["high"]], []
+        for i in dict.fromkeys([*pack.rows[:1].tolist(), *(cut.mode().values[None].tolist() if len(cut) else [])]):
+            mine, problem = pack.rows == i, batch[i].problem
+            row = {"step": step, "problem": problem["problem"], "answer": problem["answer"], "adv": adv[mine][0].item()}
+            row["tokens"] = [self.tokenizer.decode([token]) for token in batch[i].ids.tolist()]
+            row |= {name: [round(x, 3) for x in value[mine].tolist()] for name, value in values.items()}
+            rows.append(row | {name: which[mine].nonzero()[:, 0].tolist() for name, which in cuts.items()})
+        append(self.folder / "tokens.jsonl", rows)
 
     def say(self, text):
         if rank() == 0:
@@ -581,6 +646,11 @@ def forget(path, step):
         with contextlib.suppress(ValueError):
             kept += [line] if json.loads(line)["step"] < step else []
     write_aside(path, "".join(kept))
+
+
+def append(path, rows):
+    with open(path, "a") as f:
+        f.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def write_aside(path, text):
@@ -786,8 +856,7 @@ def evaluate(engine, pool, log, step):
             log.mean(f"eval/{name}/{metric}", value)
     first = [samples[0] for samples in sets.values()]
     if rank() == 0:
-        with open(log.folder / "samples.jsonl", "a") as f:
-            f.writelines(json.dumps(sample) + "\n" for sample in first)
+        append(log.folder / "samples.jsonl", first)
         if step == a.steps:
             how = {name: getattr(a, name) for name in EVAL_SETTINGS}
             found = {"model": a.model, "step": step, "settings": how, "sets": scores}

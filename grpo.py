@@ -206,9 +206,11 @@ def main():
                 accelerator.backward((loss * w).sum() * accelerator.num_processes)  # the sum over GPUs, not their mean
                 log.sum("train/loss", loss * w / args.minibatches)
                 log.mean("train/entropy", entropy)
-                log.mean("train/clip_low", (ratio < 1 - args.clip_low) & (a < 0))
-                log.mean("train/clip_high", (ratio > 1 + args.clip_high) & (a > 0))
+                low, high = (ratio < 1 - args.clip_low) & (a < 0), (ratio > 1 + args.clip_high) & (a > 0)  # (T,)
+                log.mean("train/clip_low", low)
+                log.mean("train/clip_high", high)
                 log.max("train/ratio_max", ratio)
+                log.trained_tokens(batch, pack, ratio, entropy, a, low, high)
             grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
             if not math.isfinite(grad_norm):
                 raise SystemExit(f"step {step}: the norm of the gradient is {grad_norm}; it was not applied")

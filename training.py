@@ -81,7 +81,8 @@ def join_group():
 
 def use_cores():
     if not torch.cuda.is_available():
-        torch.set_num_threads(max(1, min(CPU_THREADS, os.cpu_count()) // world()))  # accelerate launch says 1
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # Linux; elsewhere
+        torch.set_num_threads(max(1, min(CPU_THREADS, cores) // world()))  # accelerate launch says 1
 
 
 def use_tf32():
