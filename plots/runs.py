@@ -1,34 +1,104 @@
 """What the figures share: their runs are started, read, smoothed and compared here.
 
-A figure is a file plots/figNN_name.py. Its docstring holds the commands of its runs, each of which is started once a seed; figures
-that name the same command share its runs.
+A figure is a file plots/figNN_name.py. Its docstring holds the commands of its runs; figures that name the same command share its
+runs. `python plots/figNN_name.py` draws it from its table, plots/figures/figNN_name.csv; with --run the missing runs are started and
+the table is made from them first.
 """
 
+import argparse
 import contextlib
+import csv
 import importlib
 import io
+import json
+import math
 import os
+import re
 import shlex
 import signal
+import statistics
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import matplotlib
+import numpy as np
 from tqdm import tqdm
 
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
 ROOT = Path(__file__).parent.parent
+FIGURES = ROOT / "plots" / "figures"
+SCORE = "eval/mean/accuracy"  # plain mean of the six evaluation sets
+SMALL = 0.02  # of an accuracy: less is no gain
+LAST = 2  # evaluations whose mean is a run's final score
 sys.path.append(str(ROOT))  # the scripts are asked for the names of their runs
+
+# ------------------------------------------------------------------------------------------------------------- commands
+
+USUAL = {  # what a command has where it does not say: the scripts' own defaults
+    "model": "data/tiny/base",
+    "norm": "group_mean_batch_std",
+    "loss_agg": "token_mean",
+    "clip_high": "0.2",
+    "overlong": "keep",
+    "wrong_reward": "0",
+    "max_response_len": "128",
+}
+LAPTOP_ONLY = "minibatches", "steps", "eval_every", "lr"  # on a node these are the paper's, the scripts' defaults
+MODELS = {"data/tiny/base": "Qwen/Qwen3-{}-Base", "data/tiny/aligned": "Qwen/Qwen3-{}"}
+LIMITS = {"56": "8192", "72": "16384", "128": "20480"}  # tokens, figure 13; laptop: node
+BENCH = (  # puts grpo.py and dapo.py on the study's bench; lite_ppo.py stands on it
+    "--prompts_per_step 128 --group_size 8 --minibatches 8 --warmup_steps 50 --weight_decay 0 --temperature 0.99 "
+    "--top_p 0.99 --top_k 100 --max_response_len 8192 --eval_max_response_len 8192"
+)
+
+
+def commands(module):
+    """The commands in a figure's docstring, without `accelerate launch`"""
+    return re.findall(r"^ +accelerate launch (.+)$", module.__doc__, re.M)
+
+
+def flags(command):
+    """`lite_ppo.py --norm none` -> {"script": "lite_ppo", "norm": "none", what is usual, and what follows: kind, size, limit}"""
+    script, *words = shlex.split(command)
+    given = {name.removeprefix("--"): value for name, value in zip(words[::2], words[1::2])}
+    f = USUAL | {"script": script.removesuffix(".py")} | given
+    model, limit = f["model"], f["max_response_len"]
+    f["kind"] = "base" if model.lower().endswith("base") else "aligned"
+    f["size"] = "".join(re.findall(r"-(\d+B)", model))
+    f["limit"] = {"56": "short", "8192": "short", "72": "middle", "16384": "middle"}.get(limit, "long")
+    return f
+
+
+def at_node(command, size):
+    """The same command with the paper's settings, for models of this size ("4B", "8B")"""
+    script, *words = shlex.split(command)
+    given = {name.removeprefix("--"): value for name, value in zip(words[::2], words[1::2])}
+    given = {name: value for name, value in given.items() if name not in LAPTOP_ONLY}
+    given["model"] = MODELS[given.get("model", USUAL["model"])].format(size)
+    given |= {name: LIMITS[value] for name, value in given.items() if name.endswith("max_response_len")}
+    parts = [script, *(f"--{name} {value}" for name, value in given.items())]
+    return " ".join(parts + [BENCH] * (script != "lite_ppo.py"))
+
+
+def panel(command):
+    """What is the same for all lines of one panel: model and data"""
+    f = flags(command)
+    return f"{Path(f['model']).name}, {f['data']}"
 
 
 # ------------------------------------------------------------------------------------------------------------- starting
 
 
-def folder(command, seed, *more):
+def folder(command):
     """The run folder of a command such as `lite_ppo.py --norm none`, whose flags the script checks first"""
     import common
 
-    script, *argv = [*shlex.split(command), *more, "--seed", str(seed)]
+    script, *argv = shlex.split(command)
     module = importlib.import_module(script.removesuffix(".py"))
     with contextlib.redirect_stdout(io.StringIO()):
         args = module.parse_args([*argv, "--out", os.devnull + "/none"])
@@ -39,48 +109,45 @@ def finished(run):
     return (run / "result.json").is_file()
 
 
-def launch(commands, seeds, jobs, more=(), launcher=(sys.executable,)):
-    """Starts the runs that are not finished, `jobs` at a time, each on its share of the cores; -> how many failed.
-
-    All commands of a seed come before the next seed. A run that was stopped is resumed. What a run prints is in runs/<name>.log.
+def launch(todo, jobs, launcher=(sys.executable,)):
+    """Starts those runs of todo [(command with its seed, run folder)] that are not finished, `jobs` at a time, each on its
+    share of the cores; -> how many failed. A run that was stopped is resumed. What it prints is in runs/<name>.log.
     """
-    todo = [(command, seed, folder(command, seed, *more)) for seed in seeds for command in commands]
-    waiting = [run for run in todo if not finished(run[2])]
+    waiting = [(command, run) for command, run in todo if not finished(run)]
     bar = tqdm(total=len(todo), initial=len(todo) - len(waiting), unit="run", smoothing=0.05)
     going, failed = {}, 0  # slot: (process, run folder)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through `finally`
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through `finally`
     try:
         while waiting or going:
             for slot in set(range(jobs)) - going.keys():
                 if waiting:
-                    command, seed, out = waiting.pop(0)
-                    going[slot] = start(command, seed, out, more, launcher, slot, jobs), out
+                    command, run = waiting.pop(0)
+                    going[slot] = start(command, run, launcher, slot, jobs), run
             time.sleep(0.2)
-            for slot, (process, out) in list(going.items()):
+            for slot, (process, run) in list(going.items()):
                 if process.poll() is not None:
                     del going[slot]
-                    if process.returncode or not finished(out):
+                    if process.returncode or not finished(run):
                         failed += 1
-                        tqdm.write(f"{out.name}: ended with {process.returncode}; see {out}.log", file=sys.stderr)
+                        tqdm.write(f"{run.name}: ended with {process.returncode}; see {run}.log", file=sys.stderr)
                     bar.update()
-            bar.set_postfix_str(", ".join(out.name.split("__")[-1] for _, out in going.values()))
     finally:
         for process, _ in going.values():
             process.terminate()
         for process, _ in going.values():
             process.wait()
         bar.close()
+        signal.signal(signal.SIGTERM, before)
     return failed
 
 
-def start(command, seed, out, more, launcher, slot, jobs):
-    script, *flags = shlex.split(command)
-    flags += [*more, "--seed", str(seed)]
-    if out.exists():
-        flags = ["--resume", str(out)]
-    out.parent.mkdir(exist_ok=True)
-    with open(f"{out}.log", "a") as log, share_of_cores(slot, jobs):
-        full = [*launcher, str(ROOT / script), *flags]
+def start(command, run, launcher, slot, jobs):
+    script, *words = shlex.split(command)
+    if run.exists():
+        words = ["--resume", str(run)]
+    run.parent.mkdir(exist_ok=True)
+    with open(f"{run}.log", "a") as log, share_of_cores(slot, jobs):
+        full = [*launcher, str(ROOT / script), *words]
         return subprocess.Popen(full, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
 
 
@@ -94,3 +161,373 @@ def share_of_cores(slot, jobs):
     os.sched_setaffinity(0, sorted(cores)[slot % len(cores) :: jobs])
     yield
     os.sched_setaffinity(0, cores)
+
+
+# -------------------------------------------------------------------------------------------------------------- reading
+
+
+def read_metrics(run):
+    """-> the rows of a run's metrics.jsonl; None, and a line that says why, of a folder that holds no finished run"""
+    try:
+        if not finished(run):
+            raise ValueError("is not finished, or no run" if run.exists() else "is not there")
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        if not rows or any("step" not in row for row in rows):
+            raise ValueError("metrics.jsonl is empty or of another kind")
+        return rows
+    except (OSError, ValueError, TypeError) as error:
+        print(f"{run}: left out, {error}", file=sys.stderr)
+
+
+def table_of(runs, metrics):
+    """-> a row {"command", "seed", "step", metric: value or None} for each step of each run that can be read
+
+    runs: [(command, seed, folder)]; metrics: regular expressions of what is wanted, besides the accuracy of the evaluations.
+    """
+    found = [(command, seed, run, read_metrics(run)) for command, seed, run in runs]
+    pattern = "|".join([*metrics, "eval/.+/accuracy"])
+    names = dict.fromkeys(k for *_, rows in found for row in rows or () for k in row if re.fullmatch(pattern, k))
+    for _, _, run, rows in found:
+        lacks = [m for m in metrics if rows and not any(re.fullmatch(m, k) for row in rows for k in row)]
+        if lacks:
+            print(f"{run}: has no {', '.join(lacks)}; it is of another version, or logged less", file=sys.stderr)
+    return [
+        {"command": command, "seed": seed, "step": row["step"]} | {name: row.get(name) for name in names}
+        for command, seed, _, rows in found
+        for row in rows or ()
+    ]
+
+
+def write_table(path, rows):
+    """A number has four digits, an empty cell is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as f:
+        table = csv.DictWriter(f, rows[0].keys(), lineterminator="\n")
+        table.writeheader()
+        table.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+
+
+def read_table(path):
+    def value(text):
+        try:
+            return float(text)
+        except ValueError:
+            return text or None
+
+    with open(path, newline="") as f:
+        return [{k: value(v) for k, v in row.items()} for row in csv.DictReader(f)]
+
+
+# ---------------------------------------------------------------------------------------------------------- arithmetics
+
+
+def smooth(values, window=11, factor=0.8):
+    """(n,) -> (n,): mean over a window around each step, then y_t = factor y_(t-1) + (1 - factor) x_t.
+
+    Window and factor are the paper's (caption of figure 3); the order and the centred window, shorter at the ends, are ours.
+    """
+    half, smoothed = window // 2, []
+    for i in range(len(values)):
+        x = np.mean(values[max(0, i - half) : i + half + 1])
+        smoothed.append(factor * smoothed[-1] + (1 - factor) * x if smoothed else x)
+    return np.array(smoothed)
+
+
+T975 = (
+    12.71,
+    4.30,
+    3.18,
+    2.78,
+    2.57,
+    2.45,
+    2.36,
+    2.31,
+    2.26,
+)  # quantile .975 of Student's t with 1 to 9 degrees of freedom
+
+
+def interval(values, draws=20_000):
+    """-> (low, high), 95 % for the mean of one number a seed: a percentile bootstrap, its quantiles widened for few seeds.
+
+    Of five values the plain percentile bootstrap covers the mean in 83 % of all cases, this one in 95 % (tests/test_plots.py).
+    After T. Hesterberg, What teachers should know about the bootstrap, arXiv 1411.5279, section 4.3. One value has no interval.
+    """
+    values = np.asarray(values, dtype=float)
+    n = len(values)
+    if n < 2:
+        return math.nan, math.nan
+    means = np.random.default_rng(0).choice(values, (draws, n)).mean(1)
+    tail = statistics.NormalDist().cdf(-((n / (n - 1)) ** 0.5) * T975[min(n - 2, len(T975) - 1)])
+    return tuple(np.quantile(means, [tail, 1 - tail]).tolist())
+
+
+def iqm(values):
+    """The mean of the middle half: of n sorted values without n / 4 at each end, of which the last may count in part"""
+    x = np.sort(np.ravel(values))
+    edges = np.arange(len(x) + 1) / len(x)  # value i stands for edges[i] to edges[i + 1]
+    share = np.clip(np.minimum(edges[1:], 0.75) - np.maximum(edges[:-1], 0.25), 0, None)
+    return float((share * x).sum() / share.sum())
+
+
+class Table:
+    """A figure's rows by command, seed and metric."""
+
+    def __init__(self, rows):
+        self.series = {}  # command: {seed: {metric: ([step, ...], [value, ...])}}
+        for row in rows:
+            mine = self.series.setdefault(row["command"], {}).setdefault(int(row["seed"]), {})
+            for name, value in row.items():
+                if name not in ("command", "seed", "step") and value is not None:
+                    steps, values = mine.setdefault(name, ([], []))
+                    steps.append(int(row["step"]))
+                    values.append(value)
+        self.commands = list(self.series)
+
+    def curves(self, command, metric, smoothed=False):
+        """-> steps (n,), values (seeds, n), of the steps that all seeds have"""
+        found = [dict(zip(*s[metric])) for s in self.series[command].values() if metric in s]
+        steps = sorted(set.intersection(*map(set, found))) if found else []
+        values = [[one[step] for step in steps] for one in found]
+        return np.array(steps), np.array([smooth(v) for v in values] if smoothed else values)
+
+    def last(self, command, metric=SCORE, count=LAST):
+        """-> {seed: mean of the last `count` values}"""
+        seeds = self.series.get(command, {})
+        return {seed: float(np.mean(s[metric][1][-count:])) for seed, s in seeds.items() if metric in s}
+
+
+# --------------------------------------------------------------------------------------------------------------- claims
+
+
+@dataclass
+class Claim:
+    """A sentence of the paper as a difference: `better` minus `worse`, two values of a flag, all else being equal.
+
+    where: which of the commands count, {flag: value}; of several panels the mean is taken in each seed.
+    """
+
+    text: str
+    flag: str
+    better: str
+    worse: str
+    where: dict = field(default_factory=dict)
+    metric: str = SCORE
+    count: int = LAST  # the mean of this many last values counts
+    takeaway: int = 0  # the paper's number; 9: its claim for Lite PPO
+    gain: bool = True  # False: the paper says that there is none
+
+    def pairs(self, table):
+        def rest(command):
+            same = {"kind": "model", "limit": "max_response_len"}.get(self.flag)  # what they follow from
+            return {k: v for k, v in flags(command).items() if k not in (self.flag, same, f"eval_{same}")}
+
+        chosen = [c for c in table.commands if all(flags(c)[k] == v for k, v in self.where.items())]
+        sides = [[c for c in chosen if flags(c)[self.flag] == value] for value in (self.better, self.worse)]
+        return [(a, b) for a in sides[0] for b in sides[1] if rest(a) == rest(b)]
+
+    def differences(self, table):
+        """-> one number a seed: the mean over the pairs that this seed has all of"""
+        ends = [
+            (table.last(a, self.metric, self.count), table.last(b, self.metric, self.count))
+            for a, b in self.pairs(table)
+        ]
+        seeds = set.intersection(*(a.keys() & b.keys() for a, b in ends)) if ends else ()
+        return [float(np.mean([a[seed] - b[seed] for a, b in ends])) for seed in sorted(seeds)]
+
+    def effect(self, table):
+        values = self.differences(table)
+        return (float(np.mean(values)) if values else math.nan, *interval(values), len(values))
+
+    def verdict(self, table):
+        """seen or opposite where the interval lies on one side of 0; no gain is seen where it lies below SMALL"""
+        _, low, high, _ = self.effect(table)
+        if not self.gain:
+            return "seen" if high < SMALL else "opposite" if low > 0 else "not seen"
+        return "seen" if low > 0 else "opposite" if high < 0 else "not seen"
+
+    def sentence(self, table):
+        mean, low, high, n = self.effect(table)
+        return f"{self.text}: {self.verdict(table)} here, {mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+# -------------------------------------------------------------------------------------------------------------- drawing
+
+STYLES = {  # value of a flag: label, colour, dashes. The baseline is black in every figure; colours differ in lightness too
+    "none": ("no normalization", "#E69F00", (0, (1, 1))),
+    "batch_mean": ("batch mean, no std", "#CC79A7", (0, (5, 1))),
+    "batch_mean_batch_std": ("batch mean, batch std", "#56B4E9", (0, (4, 1.5))),
+    "group_mean_group_std": ("group mean, group std", "black", "-"),
+    "group_mean_batch_std": ("group mean, batch std", "#D55E00", (0, (6, 1, 1, 1))),
+    "seq_mean": ("sequence mean", "black", "-"),
+    "token_mean": ("token mean", "#0072B2", (0, (4, 1.5))),
+    "keep": ("all responses", "black", "-"),
+    "filter": ("overlong filter", "#009E73", (0, (4, 1.5))),
+    "0.2": ("upper clip 0.20", "black", "-"),
+    "0.24": ("upper clip 0.24", "#56B4E9", (0, (1, 1))),
+    "0.28": ("upper clip 0.28", "#D55E00", (0, (4, 1.5))),
+    "0.32": ("upper clip 0.32", "#E69F00", (0, (6, 1, 1, 1))),
+    "0": ("reward 1 / 0", "black", "-"),
+    "-1": ("reward 1 / -1", "#D55E00", (0, (4, 1.5))),
+    "grpo": ("GRPO", "black", "-"),
+    "dapo": ("DAPO", "#56B4E9", (0, (4, 1.5))),
+    "lite_ppo": ("Lite PPO", "#D55E00", (0, (6, 1, 1, 1))),
+    "easy": ("easy", "#56B4E9", (0, (1, 1))),
+    "medium": ("medium", "#D55E00", (0, (4, 1.5))),
+    "hard": ("hard", "black", "-"),
+}
+NAMES = {  # metric: the label of its axis
+    "rollout/accuracy": "training accuracy",
+    SCORE: "accuracy, mean of six sets",
+    "rollout/response_len": "response length (tokens)",
+    "rollout/entropy": "entropy (nats a token)",
+    "reward/std": "std of the rewards of a batch",
+    "rollout/truncated": "truncated responses (share)",
+}
+
+
+def style(value):
+    label, colour, dashes = STYLES[value]
+    return {"label": label, "color": colour, "linestyle": dashes}
+
+
+def line(ax, table, command, value, metric, smoothed=True):
+    """Mean over seeds, and their standard deviation as a band"""
+    steps, values = table.curves(command, metric, smoothed)
+    if len(steps):
+        mean, look = values.mean(0), style(value)
+        ax.plot(steps, mean, lw=1.6, marker=None if smoothed else "o", markersize=3, **look)
+        if len(values) > 1:
+            ax.fill_between(
+                steps, mean - values.std(0, ddof=1), mean + values.std(0, ddof=1), color=look["color"], alpha=0.15, lw=0
+            )
+
+
+def finals(ax, table, series, names):
+    """Final scores on each evaluation set: the mean over seeds with its 95 % interval, and the interquartile mean of all (a cross).
+
+    series: [(command, value)]
+    """
+    for k, (command, value) in enumerate(series):
+        _, colour, _ = STYLES[value]
+        at = (k - (len(series) - 1) / 2) * 0.8 / len(series)
+        every = []
+        for x, name in enumerate(names):
+            scores = list(table.last(command, f"eval/{name}/accuracy").values())
+            low, high = interval(scores) if len(scores) > 1 else (scores[0], scores[0]) if scores else (math.nan,) * 2
+            ax.plot([x + at] * 2, [low, high], color=colour, lw=1.2)
+            ax.plot(x + at, np.mean(scores) if scores else math.nan, "os^Dv"[k], color=colour, markersize=4)
+            every += scores
+        if every:
+            ax.plot(len(names) + at, iqm(every), "os^Dv"[k], color=colour, markersize=4, markerfacecolor="white")
+    ax.set_xticks(range(len(names) + 1), [*names, "IQM"], rotation=35, fontsize=8)
+
+
+def grid(rows, columns, width=9.5, height=2.3):
+    figure, axes = plt.subplots(rows, columns, figsize=(width, height * rows + 1), squeeze=False, layout="constrained")
+    for ax in axes.flat:
+        ax.grid(alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.tick_params(labelsize=8)
+    return figure, axes
+
+
+def entitle(figure, table, subject, claims):
+    """The title says what was found, the legend stands below."""
+    lines = [subject, *(claim.sentence(table) for claim in claims)]
+    figure.suptitle("\n".join(lines), fontsize=10, x=0.01, ha="left")
+    found = {label: handle for ax in figure.axes for handle, label in zip(*ax.get_legend_handles_labels())}
+    figure.legend(found.values(), found.keys(), loc="outside lower center", ncol=4, fontsize=9, frameon=False)
+
+
+def evals(table):
+    """The evaluation sets that are in a table, in its order"""
+    metrics = dict.fromkeys(m for seeds in table.series.values() for one in seeds.values() for m in one)
+    return [m.split("/")[1] for m in metrics if m.startswith("eval/") and m != SCORE]
+
+
+def compare(table, flag, metrics=("rollout/accuracy",), key=panel):
+    """A row a panel: curves of the metrics, of the evaluations, and final scores; a line for each value of `flag`"""
+    panels = {}
+    for command in table.commands:
+        panels.setdefault(key(command), []).append((command, flags(command)[flag]))
+    figure, axes = grid(len(panels), len(metrics) + 2)
+    for row, (name, series) in zip(axes, panels.items()):
+        for command, value in series:
+            for ax, metric in zip(row, metrics):
+                line(ax, table, command, value, metric)
+            line(row[-2], table, command, value, SCORE, smoothed=False)
+        finals(row[-1], table, series, evals(table))
+        row[0].set_ylabel(name, fontsize=9)
+    for ax, metric in zip(axes[0], [*metrics, SCORE]):
+        ax.set_title(NAMES[metric], fontsize=9)
+    axes[0, -1].set_title("final accuracy, 95 % interval", fontsize=9)
+    for ax in axes[-1, :-1]:
+        ax.set_xlabel("rollouts trained on", fontsize=9)
+    return figure
+
+
+# ----------------------------------------------------------------------------------------------------- one figure's file
+
+
+def parse(doc, every=False):
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--run", action="store_true", help="start the runs that are missing, and make the table from them")
+    p.add_argument("--seeds", type=int, default=5, help="with --run: seeds 1 to this of each command [%(default)s]")
+    p.add_argument(
+        "--jobs", type=int, default=1, help="with --run: runs at a time, which share the cores [%(default)s]"
+    )
+    p.add_argument("--steps", type=int, help="with --run: rollouts of a run, in the place of what its command says")
+    text = "node: the same runs with the paper's settings, printed, or with --run started one by one on all GPUs"
+    p.add_argument("--scale", choices=["laptop", "node"], default="laptop", help=text)
+    p.add_argument("--out", type=Path, help="folder of tables and pictures [plots/figures; with --run runs/figures]")
+    args = p.parse_args()
+    args.out = args.out or (ROOT / "runs" / "figures" if args.run else FIGURES)
+    return args
+
+
+def commands_at(module, scale):
+    found = commands(module)
+    return found if scale == "laptop" else list(dict.fromkeys(at_node(c, size) for c in found for size in module.SIZES))
+
+
+def runs_of(modules, args):
+    """-> [(command, seed, the command with all flags, run folder)], each once, all of a seed before the next seed"""
+    more = f" --steps {args.steps}" * bool(args.steps) + f" --scale {args.scale}"
+    every = dict.fromkeys(c for module in modules for c in commands_at(module, args.scale))
+    whole = [(c, seed, f"{c}{more} --seed {seed}") for seed in range(1, args.seeds + 1) for c in every]
+    return [(command, seed, full, folder(full)) for command, seed, full in whole]
+
+
+def run(modules, args):
+    """Starts what is missing and makes the tables; -> how many runs failed"""
+    node = args.scale == "node"
+    found = runs_of(modules, args)
+    todo = [(full, out) for _, _, full, out in found]
+    failed = launch(todo, 1 if node else args.jobs, ("accelerate", "launch") if node else (sys.executable,))
+    for module in modules:
+        mine = [(c, seed, out) for c, seed, _, out in found if c in commands_at(module, args.scale)]
+        rows = module.collect(mine) if hasattr(module, "collect") else table_of(mine, module.METRICS)
+        if rows:
+            write_table(args.out / f"{Path(module.__file__).stem}.csv", rows)
+    return failed
+
+
+def draw(module, out):
+    """-> the picture of a figure, drawn from its table in the folder `out`"""
+    path = out / f"{Path(module.__file__).stem}.csv"
+    if not path.is_file():
+        raise SystemExit(f"{path}: is not there; make it with --run")
+    figure = module.draw(read_table(path))
+    figure.savefig(path.with_suffix(".png"), dpi=100)
+    plt.close(figure)
+    return path.with_suffix(".png")
+
+
+def main(module):
+    args = parse(module.__doc__)
+    if args.scale == "node" and not args.run:
+        print("\n".join(f"accelerate launch {full}" for _, _, full, _ in runs_of([module], args)))
+        return
+    failed = run([module], args) if args.run else 0
+    print(draw(module, args.out))
+    raise SystemExit(failed > 0)

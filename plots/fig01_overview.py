@@ -1,0 +1,46 @@
+"""Figure 1: do two tricks suffice?
+
+Question: GRPO, DAPO with its five tricks, Lite PPO with two: which ends highest on the mean of the six evaluation sets?
+Paper: Lite PPO; complexity is not needed.
+
+Here: not run yet.
+
+Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node shows the paper's:
+
+    accelerate launch grpo.py --data easy --minibatches 8 --steps 40 --eval_every 10
+    accelerate launch dapo.py --data easy --minibatches 8 --steps 40 --eval_every 10
+    accelerate launch lite_ppo.py --data easy --minibatches 8 --steps 40 --eval_every 10
+    accelerate launch grpo.py --data hard --minibatches 8 --steps 40 --eval_every 10
+    accelerate launch dapo.py --data hard --minibatches 8 --steps 40 --eval_every 10
+    accelerate launch lite_ppo.py --data hard --minibatches 8 --steps 40 --eval_every 10
+"""
+
+import sys
+
+import runs
+
+SIZES = "4B", "8B"
+METRICS = []
+CLAIMS = [
+    runs.Claim("Lite PPO beats GRPO", "script", "lite_ppo", "grpo"),
+    runs.Claim("Lite PPO beats DAPO", "script", "lite_ppo", "dapo"),
+]
+
+
+def draw(rows):
+    table = runs.Table(rows)
+    figure, axes = runs.grid(1, 2, height=2.8)
+    for ax, data in zip(axes[0], ("easy", "hard")):
+        for command in table.commands:
+            f = runs.flags(command)
+            if f["data"] == data:
+                runs.line(ax, table, command, f["script"], runs.SCORE, smoothed=False)
+        ax.set_title(f"trained on {data}", fontsize=9)
+        ax.set_xlabel("rollouts trained on", fontsize=9)
+    axes[0, 0].set_ylabel(runs.NAMES[runs.SCORE], fontsize=9)
+    runs.entitle(figure, table, "Two tricks against five, and against GRPO", CLAIMS)
+    return figure
+
+
+if __name__ == "__main__":
+    runs.main(sys.modules[__name__])

@@ -1,0 +1,44 @@
+"""Figure 3: what does the difficulty of the data change?
+
+Question: how do accuracy and response length develop on easy, medium and hard data, from a base and from an aligned model?
+Paper: harder data make longer responses and other paths of accuracy; aligned models start high and gain little.
+
+Here: not run yet.
+
+Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node shows the paper's:
+
+    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --data easy --minibatches 8 --steps 40 --eval_every 10
+    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --data medium --minibatches 8 --steps 40 --eval_every 10
+    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --data hard --minibatches 8 --steps 40 --eval_every 10
+    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --model data/tiny/aligned --data easy --minibatches 8 --steps 40 --eval_every 10
+    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --model data/tiny/aligned --data medium --minibatches 8 --steps 40 --eval_every 10
+    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --model data/tiny/aligned --data hard --minibatches 8 --steps 40 --eval_every 10
+"""
+
+import sys
+
+import runs
+
+SIZES = "4B", "8B"
+METRICS = ["rollout/accuracy", "rollout/response_len"]
+CLAIMS = [
+    runs.Claim(
+        "harder data make longer responses (tokens), base",
+        "data",
+        "hard",
+        "easy",
+        {"kind": "base"},
+        "rollout/response_len",
+    ),
+]
+
+
+def draw(rows):
+    table = runs.Table(rows)
+    figure = runs.compare(table, "data", METRICS, key=lambda command: runs.panel(command).split(",")[0])
+    runs.entitle(figure, table, "Training on easy, medium and hard data", CLAIMS)
+    return figure
+
+
+if __name__ == "__main__":
+    runs.main(sys.modules[__name__])

@@ -1,0 +1,41 @@
+"""Figure 4: which normalization of the advantages?
+
+Question: does an advantage need a mean and a standard deviation, and those of its group or of the whole batch?
+Paper: of its group, which is steadier and ends higher; under rewards 1 and 0 batch normalization is unstable (takeaway 1).
+
+Here: not run yet.
+
+Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node shows the paper's:
+
+    accelerate launch lite_ppo.py --norm none --loss_agg seq_mean --data easy --minibatches 8 --steps 40 --eval_every 10
+    accelerate launch lite_ppo.py --norm batch_mean_batch_std --loss_agg seq_mean --data easy --minibatches 8 --steps 40 --eval_every 10
+    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --data easy --minibatches 8 --steps 40 --eval_every 10
+    accelerate launch lite_ppo.py --norm none --loss_agg seq_mean --data hard --minibatches 8 --steps 40 --eval_every 10
+    accelerate launch lite_ppo.py --norm batch_mean_batch_std --loss_agg seq_mean --data hard --minibatches 8 --steps 40 --eval_every 10
+    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --data hard --minibatches 8 --steps 40 --eval_every 10
+    accelerate launch lite_ppo.py --norm none --loss_agg seq_mean --model data/tiny/aligned --data medium --minibatches 8 --steps 40 --eval_every 10
+    accelerate launch lite_ppo.py --norm batch_mean_batch_std --loss_agg seq_mean --model data/tiny/aligned --data medium --minibatches 8 --steps 40 --eval_every 10
+    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --model data/tiny/aligned --data medium --minibatches 8 --steps 40 --eval_every 10
+"""
+
+import sys
+
+import runs
+
+SIZES = "4B", "8B"
+METRICS = ["rollout/accuracy"]
+CLAIMS = [
+    runs.Claim("group norm beats batch norm", "norm", "group_mean_group_std", "batch_mean_batch_std", takeaway=1),
+    runs.Claim("group norm beats none", "norm", "group_mean_group_std", "none", takeaway=1),
+]
+
+
+def draw(rows):
+    table = runs.Table(rows)
+    figure = runs.compare(table, "norm")
+    runs.entitle(figure, table, "Group norm, batch norm or none, rewards 1 and 0", CLAIMS)
+    return figure
+
+
+if __name__ == "__main__":
+    runs.main(sys.modules[__name__])

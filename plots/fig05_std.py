@@ -1,0 +1,46 @@
+"""Figure 5: does dividing by the standard deviation help?
+
+Question: how large is the standard deviation of a batch's rewards, and what happens without the division by it?
+Paper: on easy data it is small and the division harms; on hard data it stays large and makes no difference (takeaway 2).
+
+Here: not run yet.
+
+Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node shows the paper's:
+
+    accelerate launch lite_ppo.py --norm batch_mean_batch_std --loss_agg seq_mean --data easy --minibatches 8 --steps 40 --eval_every 10
+    accelerate launch lite_ppo.py --norm batch_mean --loss_agg seq_mean --data easy --minibatches 8 --steps 40 --eval_every 10
+    accelerate launch lite_ppo.py --norm batch_mean_batch_std --loss_agg seq_mean --data hard --minibatches 8 --steps 40 --eval_every 10
+    accelerate launch lite_ppo.py --norm batch_mean --loss_agg seq_mean --data hard --minibatches 8 --steps 40 --eval_every 10
+"""
+
+import sys
+
+import runs
+
+SIZES = "4B", "8B"
+METRICS = ["reward/std"]
+CLAIMS = [
+    runs.Claim(
+        "without std is better on easy data", "norm", "batch_mean", "batch_mean_batch_std", {"data": "easy"}, takeaway=2
+    ),
+    runs.Claim(
+        "and makes no difference on hard",
+        "norm",
+        "batch_mean",
+        "batch_mean_batch_std",
+        {"data": "hard"},
+        takeaway=2,
+        gain=False,
+    ),
+]
+
+
+def draw(rows):
+    table = runs.Table(rows)
+    figure = runs.compare(table, "norm", METRICS)
+    runs.entitle(figure, table, "With and without the standard deviation (batch mean)", CLAIMS)
+    return figure
+
+
+if __name__ == "__main__":
+    runs.main(sys.modules[__name__])

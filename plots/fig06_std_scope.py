@@ -1,0 +1,35 @@
+"""Figure 6: the standard deviation of the group or of the batch?
+
+Question: the mean being that of the group, whose standard deviation divides?
+Paper: that of the batch, which is the most robust (takeaway 3).
+
+Here: not run yet.
+
+Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node shows the paper's:
+
+    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --data easy --minibatches 8 --steps 40 --eval_every 10
+    accelerate launch lite_ppo.py --norm group_mean_batch_std --loss_agg seq_mean --data easy --minibatches 8 --steps 40 --eval_every 10
+    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --data hard --minibatches 8 --steps 40 --eval_every 10
+    accelerate launch lite_ppo.py --norm group_mean_batch_std --loss_agg seq_mean --data hard --minibatches 8 --steps 40 --eval_every 10
+"""
+
+import sys
+
+import runs
+
+SIZES = "4B", "8B"
+METRICS = ["rollout/accuracy"]
+CLAIMS = [
+    runs.Claim("batch std beats group std", "norm", "group_mean_batch_std", "group_mean_group_std", takeaway=3),
+]
+
+
+def draw(rows):
+    table = runs.Table(rows)
+    figure = runs.compare(table, "norm")
+    runs.entitle(figure, table, "Group mean, and the std of the group or of the batch", CLAIMS)
+    return figure
+
+
+if __name__ == "__main__":
+    runs.main(sys.modules[__name__])

@@ -1,0 +1,40 @@
+"""Figure 12: does every token count the same, or every response?
+
+Question: the loss as a mean over tokens or over responses, base and aligned models, medium and hard data.
+Paper: tokens for base models, most of all on hard data; responses for aligned ones, in most sets (takeaway 7).
+
+Here: not run yet.
+
+Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node shows the paper's:
+
+    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --data medium --minibatches 8 --steps 40 --eval_every 10
+    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg token_mean --data medium --minibatches 8 --steps 40 --eval_every 10
+    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --data hard --minibatches 8 --steps 40 --eval_every 10
+    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg token_mean --data hard --minibatches 8 --steps 40 --eval_every 10
+    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --model data/tiny/aligned --data medium --minibatches 8 --steps 40 --eval_every 10
+    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg token_mean --model data/tiny/aligned --data medium --minibatches 8 --steps 40 --eval_every 10
+    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --model data/tiny/aligned --data hard --minibatches 8 --steps 40 --eval_every 10
+    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg token_mean --model data/tiny/aligned --data hard --minibatches 8 --steps 40 --eval_every 10
+"""
+
+import sys
+
+import runs
+
+SIZES = ("8B",)
+METRICS = ["rollout/accuracy"]
+CLAIMS = [
+    runs.Claim("token mean is better for base", "loss_agg", "token_mean", "seq_mean", {"kind": "base"}, takeaway=7),
+    runs.Claim("sequence mean for aligned", "loss_agg", "seq_mean", "token_mean", {"kind": "aligned"}, takeaway=7),
+]
+
+
+def draw(rows):
+    table = runs.Table(rows)
+    figure = runs.compare(table, "loss_agg")
+    runs.entitle(figure, table, "Loss as a mean over tokens or over responses", CLAIMS)
+    return figure
+
+
+if __name__ == "__main__":
+    runs.main(sys.modules[__name__])

@@ -1,0 +1,44 @@
+"""Figure 18: rewards 1 and 0, or 1 and -1?
+
+Question: does batch normalization need the larger scale of rewards?
+Paper: it does; 1 and -1 repair it (takeaway 1).
+(Mean and std of the batch undo any scale: (2 r - 1) has the advantages of r, but for the 1e-6 added to the std. So the two curves of
+batch norm differ by rounding alone. Without normalization the scale matters, and is shown beside it.)
+
+Here: not run yet.
+
+Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node shows the paper's:
+
+    accelerate launch lite_ppo.py --norm batch_mean_batch_std --loss_agg seq_mean --data easy --minibatches 8 --steps 40 --eval_every 10
+    accelerate launch lite_ppo.py --norm batch_mean_batch_std --loss_agg seq_mean --data easy --wrong_reward -1 --minibatches 8 --steps 40 --eval_every 10
+    accelerate launch lite_ppo.py --norm batch_mean_batch_std --loss_agg seq_mean --data medium --minibatches 8 --steps 40 --eval_every 10
+    accelerate launch lite_ppo.py --norm batch_mean_batch_std --loss_agg seq_mean --data medium --wrong_reward -1 --minibatches 8 --steps 40 --eval_every 10
+    accelerate launch lite_ppo.py --norm none --loss_agg seq_mean --data easy --minibatches 8 --steps 40 --eval_every 10
+    accelerate launch lite_ppo.py --norm none --loss_agg seq_mean --data easy --wrong_reward -1 --minibatches 8 --steps 40 --eval_every 10
+"""
+
+import sys
+
+import runs
+
+SIZES = ("8B",)
+METRICS = ["rollout/accuracy"]
+CLAIMS = [
+    runs.Claim("1/-1 helps batch norm", "wrong_reward", "-1", "0", {"norm": "batch_mean_batch_std"}, takeaway=1),
+    runs.Claim("1/-1 helps where nothing is normalized", "wrong_reward", "-1", "0", {"norm": "none"}),
+]
+
+
+def norm(command):
+    return f"{runs.panel(command)}\n{runs.STYLES[runs.flags(command)['norm']][0]}"
+
+
+def draw(rows):
+    table = runs.Table(rows)
+    figure = runs.compare(table, "wrong_reward", METRICS, key=norm)
+    runs.entitle(figure, table, "The reward of a wrong answer: 0 or -1", CLAIMS)
+    return figure
+
+
+if __name__ == "__main__":
+    runs.main(sys.modules[__name__])
