@@ -282,7 +282,7 @@ class GradePool:
     """Grades many answers, in order. What `decide` cannot decide goes to worker processes, one comparison at a time each.
 
     A worker that takes longer than `seconds` of wall clock, or dies, is replaced; its answer earns nothing and says why.
-    The workers start with the first answer that needs one, and end with this process.
+    A worker starts when there is work for one more, which takes seconds of a core, and ends with this process.
     """
 
     def __init__(self, workers: int = WORKERS, seconds: float = WALL_SECONDS):
@@ -304,7 +304,7 @@ class GradePool:
         busy, found = {}, {}  # worker -> (pair, when its time is up)
         for worker in [w for w in self.workers if w.poll() is not None]:  # died while it had nothing to do
             self.replace(worker)
-        while todo and len(self.workers) < self.count:
+        while len(self.workers) < min(self.count, len(todo)):
             self.start()
         while todo or busy:
             for worker in [w for w in self.workers if w not in busy][: len(todo)]:

@@ -167,16 +167,15 @@ def share_of_cores(slot, jobs):
 
 
 def read_metrics(run):
-    """-> the rows of a run's metrics.jsonl; None, and a line that says why, of a folder that holds no finished run"""
+    """-> the rows of a run's metrics.jsonl; of a folder where they cannot be read none, and a line that says why"""
     try:
-        if not finished(run):
-            raise ValueError("is not finished, or no run" if run.exists() else "is not there")
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        if not rows or any("step" not in row for row in rows):
-            raise ValueError("metrics.jsonl is empty or of another kind")
+        if not rows or not all("step" in row for row in rows):
+            raise ValueError("metrics.jsonl is empty, or not of a run")
         return rows
     except (OSError, ValueError, TypeError) as error:
-        print(f"{run}: left out, {error}", file=sys.stderr)
+        print(f"{run}: left out; {error}", file=sys.stderr)
+        return []
 
 
 def table_of(runs, metrics):
@@ -184,9 +183,12 @@ def table_of(runs, metrics):
 
     runs: [(command, seed, folder)]; metrics: regular expressions of what is wanted, besides the accuracy of the evaluations.
     """
-    found = [(command, seed, run, read_metrics(run)) for command, seed, run in runs]
+    late = [run for _, _, run in runs if not finished(run)]
+    for run in late:
+        print(f"{run}: left out; " + ("not finished" if run.exists() else "not there"), file=sys.stderr)
+    found = [(command, seed, run, read_metrics(run)) for command, seed, run in runs if run not in late]
     pattern = "|".join([*metrics, "eval/.+/accuracy"])
-    names = dict.fromkeys(k for *_, rows in found for row in rows or () for k in row if re.fullmatch(pattern, k))
+    names = dict.fromkeys(k for *_, rows in found for row in rows for k in row if re.fullmatch(pattern, k))
     for _, _, run, rows in found:
         lacks = [m for m in metrics if rows and not any(re.fullmatch(m, k) for row in rows for k in row)]
         if lacks:
@@ -194,7 +196,7 @@ def table_of(runs, metrics):
     return [
         {"command": command, "seed": seed, "step": row["step"]} | {name: row.get(name) for name in names}
         for command, seed, _, rows in found
-        for row in rows or ()
+        for row in rows
     ]
 
 
