@@ -260,8 +260,9 @@ def test_a_worker_that_dies_at_work_costs_one_answer(pool):
 
 
 def test_nothing_is_left_behind(tmp_path):
-    """The workers end with the process that started them, however it ends."""
-    code = "import os, rewards; p = rewards.GradePool(2); p.grade([(chr(92) + 'boxed{1+x}', 'x+1')]); "
+    """A worker starts with work for it; all end with the process that started them, however it ends."""
+    code = "import os, rewards; p = rewards.GradePool(2); box = lambda i: (chr(92) + f'boxed{{{i}+x}}', f'x+{i}'); "
+    code += "p.grade([box(1)]); assert len(p.workers) == 1; p.grade([box(2), box(3), box(4)]); "
     code += "print(*[w.pid for w in p.workers], flush=True); os.kill(os.getpid(), 9)"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=os.path.dirname(rewards.__file__)
