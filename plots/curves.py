@@ -4,13 +4,16 @@ python plots/curves.py runs/A runs/B ... --out curves.png --metrics train/kl,tra
 """
 
 import argparse
-import json
+import sys
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+sys.path.append(str(Path(__file__).parent))  # a training script imports this file too
+import runs  # noqa: E402
 
 PANELS = {  # metric: title
     "reward/mean": "reward of the training batch",
@@ -21,10 +24,10 @@ PANELS = {  # metric: title
 
 
 def draw(folders, out, metrics=tuple(PANELS)):
-    """One line a run in each of four panels; a run without a metric has no line there."""
+    """One line a run in each of four panels; a run without a metric has no line there, one that cannot be read is left out."""
     figure, axes = plt.subplots(2, 2, figsize=(9, 6), sharex=True, layout="constrained")
-    for folder in map(Path, folders):
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    found = {folder: runs.read_metrics(folder) for folder in map(Path, folders)}
+    for folder, rows in found.items():
         for ax, metric in zip(axes.flat, metrics):
             points = [(row["step"], row[metric]) for row in rows if metric in row]
             if points:
@@ -41,7 +44,8 @@ def draw(folders, out, metrics=tuple(PANELS)):
             ax.set_ylim(0, 1)
     for ax in axes[1]:
         ax.set_xlabel("rollouts trained on")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", fontsize=8)
+    lines = {label: line for ax in axes.flat for line, label in zip(*ax.get_legend_handles_labels())}
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", fontsize=8)
     figure.savefig(out, dpi=120)
     plt.close(figure)
 

@@ -1,6 +1,6 @@
 """How many of its responses to a problem are right: the shares of 0, 1, ... 8 of 8 in each data set, one bar a set.
 
-Figure 2 of arXiv 2508.08221. From what data/difficulty.py counted:
+From what data/difficulty.py counted (figure 2 of arXiv 2508.08221 is plots/fig02_difficulty.py):
 
     python plots/difficulty.py data/easy.difficulty.jsonl data/medium.difficulty.jsonl data/hard.difficulty.jsonl
 """
@@ -16,23 +16,38 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 
-def draw(files, out):
-    figure, ax = plt.subplots(figsize=(9, 1.6 + 0.6 * len(files)), layout="constrained")
-    for y, file in enumerate(map(Path, files)):
-        rows = [json.loads(line) for line in file.read_text().splitlines()]
-        n = max(row["samples"] for row in rows)
-        shares = np.bincount([row["correct"] for row in rows], minlength=n + 1) / len(rows) * 100
+def bars(counts):
+    """-> the picture. counts: {name of a set: how many of its problems were solved 0, 1, ... n times}"""
+    figure, ax = plt.subplots(figsize=(9, 1.6 + 0.5 * len(counts)), layout="constrained")
+    for y, problems in enumerate(counts.values()):
+        shares, n = np.array(problems) / sum(problems) * 100, len(problems) - 1
         lefts = np.concatenate([[0], shares.cumsum()[:-1]])
         for k, (left, share) in enumerate(zip(lefts, shares)):
-            colour = plt.cm.RdYlBu(k / n)
-            ax.barh(y, share, left=left, color=colour, label=str(k) if y == 0 else None)
+            ax.barh(y, share, left=left, color=plt.cm.cividis(k / n), label=str(k) if y == 0 else None)
             if share >= 4:
-                ax.text(left + share / 2, y, f"{share:.0f}", ha="center", va="center", fontsize=8)
-    ax.set_yticks(range(len(files)), [Path(file).name.split(".")[0] for file in files])
+                ink = "white" if k / n < 0.5 else "black"
+                ax.text(left + share / 2, y, f"{share:.0f}", ha="center", va="center", fontsize=8, color=ink)
+    ax.set_yticks(range(len(counts)), counts)
     ax.invert_yaxis()
     ax.set_xlim(0, 100)
     ax.set_xlabel("problems (%)")
-    figure.legend(title=f"right of {n}", ncol=n + 1, loc="outside upper center", fontsize=8, columnspacing=1)
+    ax.spines[["top", "right"]].set_visible(False)
+    title = f"how many of {n} responses are right"
+    figure.legend(title=title, ncol=n + 1, loc="outside lower center", fontsize=8, columnspacing=1, frameon=False)
+    return figure
+
+
+def count(rows):
+    """The rows of a .difficulty.jsonl file -> how many problems were solved 0, 1, ... n times"""
+    return np.bincount([row["correct"] for row in rows], minlength=rows[0]["samples"] + 1).tolist()
+
+
+def read(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def draw(files, out):
+    figure = bars({Path(file).name.split(".")[0]: count(read(file)) for file in files})
     figure.savefig(out, dpi=120)
     plt.close(figure)
 

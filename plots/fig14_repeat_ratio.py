@@ -49,7 +49,7 @@ def draw(rows):
         for which, dashes in (("right", "-"), ("wrong", "--")):
             steps, share = shares(table, command, which)
             colour = runs.STYLES[value][1]
-            axes[0, not left].plot(steps, share, color=colour, linestyle=dashes, label=f"{name}, {which} answer")
+            axes[0, int(not left)].plot(steps, share, color=colour, linestyle=dashes, label=f"{name}, {which} answer")
     for ax, title in zip(axes[0], ("base, no filter", "aligned, limit 56")):
         ax.set_title(title, fontsize=9)
         ax.set_ylim(-0.02, 1.02)

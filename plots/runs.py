@@ -94,15 +94,15 @@ def panel(command):
 # ------------------------------------------------------------------------------------------------------------- starting
 
 
-def folder(command):
-    """The run folder of a command such as `lite_ppo.py --norm none`, whose flags the script checks first"""
+def name(command):
+    """The name of a command's run folder, such as `lite_ppo__norm=none__s1`; the script checks the flags first"""
     import common
 
     script, *argv = shlex.split(command)
     module = importlib.import_module(script.removesuffix(".py"))
     with contextlib.redirect_stdout(io.StringIO()):
         args = module.parse_args([*argv, "--out", os.devnull + "/none"])
-    return ROOT / "runs" / common.run_name(args, common.MACHINE | module.DEFAULTS)
+    return common.run_name(args, common.MACHINE | module.DEFAULTS)
 
 
 def finished(run):
@@ -111,7 +111,7 @@ def finished(run):
 
 def launch(todo, jobs, launcher=(sys.executable,)):
     """Starts those runs of todo [(command with its seed, run folder)] that are not finished, `jobs` at a time, each on its
-    share of the cores; -> how many failed. A run that was stopped is resumed. What it prints is in runs/<name>.log.
+    share of the cores; -> how many failed. A run that was stopped is resumed. What it prints is in <run folder>.log.
     """
     waiting = [(command, run) for command, run in todo if not finished(run)]
     bar = tqdm(total=len(todo), initial=len(todo) - len(waiting), unit="run", smoothing=0.05)
@@ -143,9 +143,8 @@ def launch(todo, jobs, launcher=(sys.executable,)):
 
 def start(command, run, launcher, slot, jobs):
     script, *words = shlex.split(command)
-    if run.exists():
-        words = ["--resume", str(run)]
-    run.parent.mkdir(exist_ok=True)
+    words = ["--resume", str(run)] if run.exists() else [*words, "--out", str(run)]
+    run.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{run}.log", "a") as log, share_of_cores(slot, jobs):
         full = [*launcher, str(ROOT / script), *words]
         return subprocess.Popen(full, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
@@ -349,7 +348,9 @@ class Claim:
 
     def sentence(self, table):
         mean, low, high, n = self.effect(table)
-        return f"{self.text}: {self.verdict(table)} here, {mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+        if n < 2:
+            return f"{self.text}: {mean:+.3f} in {n} seed, which says nothing"
+        return f"{self.text}: {self.verdict(table)}, {mean:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 # -------------------------------------------------------------------------------------------------------------- drawing
@@ -471,19 +472,21 @@ def compare(table, flag, metrics=("rollout/accuracy",), key=panel):
 # ----------------------------------------------------------------------------------------------------- one figure's file
 
 
-def parse(doc, every=False):
+def parse(doc):
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--run", action="store_true", help="start the runs that are missing, and make the table from them")
-    p.add_argument("--seeds", type=int, default=5, help="with --run: seeds 1 to this of each command [%(default)s]")
+    p.add_argument("--seeds", type=int, help="with --run: seeds 1 to this of each command [laptop 5, node 1]")
     p.add_argument(
         "--jobs", type=int, default=1, help="with --run: runs at a time, which share the cores [%(default)s]"
     )
     p.add_argument("--steps", type=int, help="with --run: rollouts of a run, in the place of what its command says")
     text = "node: the same runs with the paper's settings, printed, or with --run started one by one on all GPUs"
     p.add_argument("--scale", choices=["laptop", "node"], default="laptop", help=text)
-    p.add_argument("--out", type=Path, help="folder of tables and pictures [plots/figures; with --run runs/figures]")
+    p.add_argument("--runs", type=Path, default=ROOT / "runs", help="with --run: where the run folders are [runs]")
+    p.add_argument("--out", type=Path, help="folder of tables and pictures [plots/figures; with --run RUNS/figures]")
     args = p.parse_args()
-    args.out = args.out or (ROOT / "runs" / "figures" if args.run else FIGURES)
+    args.seeds = args.seeds or {"laptop": 5, "node": 1}[args.scale]
+    args.out = args.out or (args.runs / "figures" if args.run else FIGURES)
     return args
 
 
@@ -493,22 +496,27 @@ def commands_at(module, scale):
 
 
 def runs_of(modules, args):
-    """-> [(command, seed, the command with all flags, run folder)], each once, all of a seed before the next seed"""
+    """-> [(command, seed, the command with all its flags)], each once, all of a seed before the next seed"""
     more = f" --steps {args.steps}" * bool(args.steps) + f" --scale {args.scale}"
     every = dict.fromkeys(c for module in modules for c in commands_at(module, args.scale))
-    whole = [(c, seed, f"{c}{more} --seed {seed}") for seed in range(1, args.seeds + 1) for c in every]
-    return [(command, seed, full, folder(full)) for command, seed, full in whole]
+    return [(c, seed, f"{c}{more} --seed {seed}") for seed in range(1, args.seeds + 1) for c in every]
+
+
+def pasteable(modules, args):
+    return [f"accelerate launch {full}" for _, _, full in runs_of(modules, args)]
 
 
 def run(modules, args):
     """Starts what is missing and makes the tables; -> how many runs failed"""
     node = args.scale == "node"
-    found = runs_of(modules, args)
+    usual = [module for module in modules if not hasattr(module, "run")]
+    found = [(command, seed, full, args.runs.absolute() / name(full)) for command, seed, full in runs_of(usual, args)]
     todo = [(full, out) for _, _, full, out in found]
     failed = launch(todo, 1 if node else args.jobs, ("accelerate", "launch") if node else (sys.executable,))
     for module in modules:
         mine = [(c, seed, out) for c, seed, _, out in found if c in commands_at(module, args.scale)]
-        rows = module.collect(mine) if hasattr(module, "collect") else table_of(mine, module.METRICS)
+        make = getattr(module, "collect", lambda mine, module=module: table_of(mine, module.METRICS))
+        rows = make(mine) if module in usual else module.run(args)
         if rows:
             write_table(args.out / f"{Path(module.__file__).stem}.csv", rows)
     return failed
@@ -528,7 +536,7 @@ def draw(module, out):
 def main(module):
     args = parse(module.__doc__)
     if args.scale == "node" and not args.run:
-        print("\n".join(f"accelerate launch {full}" for _, _, full, _ in runs_of([module], args)))
+        print("\n".join(pasteable([module], args)))
         return
     failed = run([module], args) if args.run else 0
     print(draw(module, args.out))

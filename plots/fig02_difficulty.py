@@ -1,0 +1,84 @@
+"""Figure 2: how hard are the three tiers of problems?
+
+Question: of 8 responses to each problem, how many are right?
+Paper: easy problems are mostly solved, medium ones about half of the times, hard ones seldom.
+(The paper rates its tiers with GPT-4o and does not name the model of this figure; these are the models that training starts from.)
+
+Here: not run yet.
+
+Runs; --run starts them, on 16 problems of each tier for each of --steps [40], --scale node shows those on the paper's data:
+
+    accelerate launch data/difficulty.py --data easy,medium,hard
+    accelerate launch data/difficulty.py --data easy,medium,hard --model data/tiny/aligned
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import difficulty
+
+import runs
+
+SIZES = ("4B", "8B")
+CLAIMS = []
+TIERS = "easy", "medium", "hard"
+
+
+def run(args):
+    """-> rows of the table: model, tier, how many of 8 responses are right, how many problems that is"""
+    rows = []
+    for command in runs.commands_at(sys.modules[__name__], args.scale):
+        model = runs.flags(command)["model"]
+        files = (
+            subset(args.runs.absolute(), 16 * (args.steps or 40), Path(model).name)
+            if args.scale == "laptop"
+            else whole()
+        )
+        counted = [file.with_suffix(".difficulty.jsonl") for file in files]
+        if not all(map(Path.is_file, counted)):
+            launcher = ["accelerate", "launch"] if args.scale == "node" else [sys.executable]
+            script = [str(runs.ROOT / "data" / "difficulty.py"), "--scale", args.scale, "--model", model]
+            subprocess.run([*launcher, *script, "--data", ",".join(map(str, files))], cwd=runs.ROOT, check=True)
+        for tier, file in zip(TIERS, counted):
+            counts = enumerate(difficulty.count(difficulty.read(file)))
+            rows += [{"model": Path(model).name, "tier": tier, "right": k, "problems": n} for k, n in counts]
+    return rows
+
+
+def subset(where, size, model):
+    """-> files with the first problems of each tier, in a folder of their own: the counts are written beside them"""
+    folder = where / f"difficulty__{model}__{size}"
+    folder.mkdir(parents=True, exist_ok=True)
+    for tier in TIERS:
+        lines = (runs.ROOT / "data" / "tiny" / f"{tier}.jsonl").read_text().splitlines(keepends=True)
+        (folder / f"{tier}.jsonl").write_text("".join(lines[:size]))
+    return [folder / f"{tier}.jsonl" for tier in TIERS]
+
+
+def whole():
+    return [runs.ROOT / "data" / f"{tier}.jsonl" for tier in TIERS]
+
+
+def counts_of(rows):
+    counts = {}
+    for row in rows:
+        counts.setdefault(f"{row['model']}, {row['tier']}", []).append(int(row["problems"]))
+    return counts
+
+
+def found(rows):
+    share = {name: sum(k * n for k, n in enumerate(c)) / sum(c) / (len(c) - 1) for name, c in counts_of(rows).items()}
+    models = dict.fromkeys(name.split(", ")[0] for name in share)
+    parts = [", ".join(f"{tier} {share[f'{m}, {tier}']:.0%}" for tier in TIERS) for m in models]
+    return "Right responses: " + ";\n".join(f"{m}: {part}" for m, part in zip(models, parts))
+
+
+def draw(rows):
+    figure = difficulty.bars(counts_of(rows))
+    figure.suptitle(found(rows), fontsize=10, x=0.01, ha="left")
+    return figure
+
+
+if __name__ == "__main__":
+    runs.main(sys.modules[__name__])

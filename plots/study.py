@@ -1,0 +1,120 @@
+"""The whole study: the runs of all figures, each once, then every table and picture, and the takeaways at a glance.
+
+    python plots/study.py                                             draws all pictures again, from their tables
+    python plots/study.py --run --jobs 2 --out plots/figures          5 seeds, on a laptop; --scale node prints the paper's runs
+
+A study that was stopped goes on where it was; the bar says how much time is left. All runs of a seed come before those of the next, so
+that every figure can be drawn early, with fewer seeds. The table of takeaways in the README is made from the same tables
+(`python tests/test_readme.py --write`).
+"""
+
+import importlib
+from pathlib import Path
+
+import runs
+
+TAKEAWAYS = {  # the paper's number: what it says, why a small world may differ. 9 is its claim for Lite PPO
+    1: (
+        "With rewards 1 and 0 the norm of the group is better than that of the batch or none; 1 and -1 repair that of the batch",
+        "",
+    ),
+    2: ("On easy data, leave the standard deviation out; on hard data it makes no difference", ""),
+    3: ("The mean of the group with the std of the batch is the most robust", ""),
+    4: ("Clip-Higher helps aligned models, whose entropy it keeps, and not base models", ""),
+    5: ("Under 0.20 the clip cuts connectives; under 0.28 less, and function words", ""),
+    6: ("The small aligned model gains with every step of the upper bound up to 0.32", ""),
+    7: ("Token mean for base models, sequence mean for aligned ones", ""),
+    8: ("Leaving truncated responses out helps under a short limit, hardly under a long one", ""),
+    9: ("Lite PPO beats GRPO and DAPO", ""),
+}
+
+
+def figures():
+    """-> the modules of all figures, in order"""
+    found = sorted(Path(__file__).parent.glob("fig[0-9][0-9]_*.py"))
+    return [importlib.import_module(path.stem) for path in found]
+
+
+def table_of(module, folder):
+    path = folder / f"{module.__name__}.csv"
+    return runs.Table(runs.read_table(path)) if path.is_file() and module.CLAIMS else None
+
+
+def claims(folder=runs.FIGURES):
+    """-> [(takeaway or 0, module, claim, table)] of the figures that have a table"""
+    tables = [(module, table_of(module, folder)) for module in figures()]
+    return [(claim.takeaway, module, claim, table) for module, table in tables if table for claim in module.CLAIMS]
+
+
+def markdown():
+    """-> the lines of the README's table of takeaways"""
+    lines = ["| | the paper | here: effect, 95 % interval | | why it may differ |", "|---|---|---|---|---|"]
+    for number, (text, why) in TAKEAWAYS.items():
+        mine = [
+            (module, claim, claim.effect(table), claim.verdict(table))
+            for n, module, claim, table in claims()
+            if n == number
+        ]
+        effects = [f"{c.text} (fig. {m.__name__[3:5]}): {e[0]:+.3f} [{e[1]:+.3f}, {e[2]:+.3f}]" for m, c, e, _ in mine]
+        lines.append(f"| {number} | {text} | {'<br>'.join(effects)} | {'<br>'.join(v for *_, v in mine)} | {why} |")
+    return lines
+
+
+def told(module, folder=runs.FIGURES):
+    """-> the source of a figure's file with what was found, from its table, in the place of what stands behind `Here:`"""
+    source = Path(module.__file__).read_text()
+    before, rest = source.split("\nHere: ", 1)
+    after = rest[rest.index("\n\n") :]
+    path = folder / f"{module.__name__}.csv"
+    if not path.is_file():
+        return source
+    rows = runs.read_table(path)
+    if module.CLAIMS:
+        table = runs.Table(rows)
+        seeds = max(len(seeds) for seeds in table.series.values())
+        found = ";\n".join(claim.sentence(table) for claim in module.CLAIMS) + f" ({seeds} seeds)."
+    else:
+        found = module.found(rows) + "."
+    return f"{before}\nHere: {found}{after}"
+
+
+def overview(folder):
+    """The effects on accuracy of all claims, by takeaway"""
+    found = [x for x in claims(folder) if x[0] and x[2].metric == runs.SCORE]
+    figure, axes = runs.grid(1, 1, height=0.27 * len(found))
+    ax, names = axes[0, 0], []
+    for y, (number, _, claim, table) in enumerate(found):
+        mean, low, high, _ = claim.effect(table)
+        colour = {"seen": "#0072B2", "opposite": "#D55E00", "not seen": "#999999"}[claim.verdict(table)]
+        mark = {"seen": "o", "opposite": "X", "not seen": "s"}[claim.verdict(table)]
+        ax.plot([low, high], [y, y], color=colour, lw=2)
+        ax.plot(mean, y, mark, color=colour, label=claim.verdict(table))
+        names.append(f"{number if number < 9 else 'Lite PPO'}: {claim.text}")
+    ax.axvline(0, color="black", lw=0.8)
+    ax.set_yticks(range(len(names)), names)
+    ax.invert_yaxis()
+    ax.set_xlabel("difference in final accuracy, mean of six sets")
+    shown = dict(zip(*reversed(ax.get_legend_handles_labels())))
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncol=3, fontsize=9, frameon=False)
+    verdicts = [claim.verdict(table) for _, _, claim, table in found]
+    counts = ", ".join(f"{verdicts.count(v)} {v}" for v in ("seen", "not seen", "opposite"))
+    figure.suptitle(f"What the paper claims, on a laptop: {counts}", fontsize=10, x=0.01, ha="left")
+    figure.savefig(folder / "study.png", dpi=100)
+    return folder / "study.png"
+
+
+def main():
+    args = runs.parse(__doc__)
+    modules = figures()
+    if args.scale == "node" and not args.run:
+        print("\n".join(runs.pasteable(modules, args)))
+        return
+    failed = runs.run(modules, args) if args.run else 0
+    for module in modules:
+        print(runs.draw(module, args.out))
+    print(overview(args.out))
+    raise SystemExit(failed > 0)
+
+
+if __name__ == "__main__":
+    main()
