@@ -526,14 +526,11 @@ class Log:
         if truncated:
             loops = spread(lambda some: [rewards.repeats(r.ids) for r in some], truncated)
             self.mean("rollout/repeat_ratio", loops)
-            for name, which in (("right", True), ("wrong", False)):
-                of = [
-                    loops[i]
-                    for i, g in enumerate(g for r, g in zip(batch, grades) if r.truncated)
-                    if g.correct == which
-                ]
-                if of:
-                    self.mean(f"rollout/repeat_ratio_{name}", of)
+            correct = [g.correct for r, g in zip(batch, grades) if r.truncated]
+            if right := [loop for loop, ok in zip(loops, correct) if ok]:
+                self.mean("rollout/repeat_ratio_right", right)
+            if wrong := [loop for loop, ok in zip(loops, correct) if not ok]:
+                self.mean("rollout/repeat_ratio_wrong", wrong)
         self.mean("reward/mean", reward)
         self.mean("reward/std", reward.std())
         self.mean("reward/solved_all", solved.all(1))
@@ -546,11 +543,14 @@ class Log:
             self.mean("adv/zero", adv == 0)
 
         if self.args.log_tokens == "on":
-            logp = torch.cat([r.engine_logp for r in batch])  # of all sampled tokens
-            self.mean("rollout/entropy", -logp)
-            found = torch.bucketize(logp.exp(), torch.tensor(PROBABILITIES[1:]), right=True)
-            for i, low in enumerate(PROBABILITIES):
-                self.mean(f"rollout/prob_{100 * low:.0f}", found == i)
+            self.sampled_tokens(torch.cat([r.engine_logp for r in batch]))
+
+    def sampled_tokens(self, logp):
+        """How likely the tokens of a rollout were. logp: of all of them, as they were sampled"""
+        self.mean("rollout/entropy", -logp)
+        found = torch.bucketize(logp.exp(), torch.tensor(PROBABILITIES[1:]), right=True)
+        for i, low in enumerate(PROBABILITIES):
+            self.mean(f"rollout/prob_{100 * low:.0f}", found == i)
 
     def trained_tokens(self, batch, pack, ratio, entropy, adv, low, high):
         """Counts the tokens that the lower and the upper bound cut, and keeps the last pack, to show some of its responses.

@@ -35,12 +35,14 @@ CLAIMS = [
     ),
 ]
 TOP = 20
-COLOURS = {"low": "#56B4E9", "high": "#D55E00", "": "white"}  # of a token by the bound that cut it
+COLOURS = {"low": "#A8D8F5", "high": "#F2A36B"}  # of a token by the bound that cut it
+KINDS = {"connective": ("#D55E00", "//"), "function word": ("#56B4E9", ".."), "other": ("#999999", "")}
+WIDTH = 68  # characters in a line
 
 
 def collect(found):
     """-> rows of three kinds: of a run the cuts and the share of connectives in those of the upper bound; of a bound and a
-    token how often it was cut; of the response with most cuts a token, with its ratio. found: [(command, seed, folder)]
+    token how often it was cut; of the response with most upper cuts a token, with its ratio. found: [(command, seed, folder)]
     """
     metrics = runs.table_of(found, ["train/clip_high"])
     rows = []
@@ -61,7 +63,7 @@ def collect(found):
         rows += [row | {"kind": b, "token": t, "count": n} for b, count in counts.items() for t, n in count.items()]
         if seed == 1:
             responses = [json.loads(line) for line in (run / "tokens.jsonl").read_text().splitlines()]
-            best = max(responses, key=lambda r: len(r["low"]) + len(r["high"]))
+            best = max(responses, key=lambda r: (len(r["high"]), len(r["low"])))
             cuts = {i: bound for bound in ("low", "high") for i in best[bound]}
             shown = enumerate(zip(best["tokens"], best["ratio"]))
             rows += [row | {"kind": "shown " + cuts.get(i, ""), "token": t, "ratio": x} for i, (t, x) in shown]
@@ -86,35 +88,30 @@ def top(ax, rows):
     counts = Counter()
     for r in rows:
         if r["kind"] == "high":
-            counts[str(r["token"])] += r["count"]
+            counts[r["token"]] += r["count"]
     names, values = zip(*counts.most_common(TOP)) if counts else ((), ())
-    colours = ["#D55E00" if n in CONNECTIVES else "#56B4E9" if n in FUNCTION else "#999999" for n in names]
-    ax.bar(range(len(names)), values, color=colours)
+    kinds = ["connective" if n in CONNECTIVES else "function word" if n in FUNCTION else "other" for n in names]
+    for kind, (colour, hatch) in KINDS.items():
+        of = [k for k, found in enumerate(kinds) if found == kind]
+        ax.bar(of, [values[k] for k in of], color=colour, hatch=hatch, edgecolor="white", label=kind)
     ax.set_xticks(range(len(names)), names, rotation=90)
-    ax.set_ylabel("cut by the upper bound", fontsize=9)
+    ax.set_ylabel("cut by the upper bound (times)", fontsize=9)
 
 
 def show(ax, rows):
-    """A response, token by token; what a bound cut is coloured, with its ratio below"""
+    """A response, token by token; what a bound cut is coloured, with its ratio above"""
     ax.axis("off")
-    x = y = 0.0
+    ax.set_title("blue: cut by the lower bound, orange: by the upper; above it the ratio", fontsize=8, loc="left")
+    column = line = 0
     for r in rows:
-        text = str(r["token"])
-        width = 0.017 * (len(text.strip()) + 1)
-        if x + width > 1:
-            x, y = 0.0, y - 0.22
-        bound = r["kind"].removeprefix("shown ")
-        ax.text(
-            x,
-            0.95 + y,
-            text.strip(),
-            fontsize=8,
-            va="top",
-            bbox={"fc": COLOURS[bound], "ec": "none", "pad": 1, "alpha": 0.7},
-        )
+        text, bound = r["token"], r["kind"].removeprefix("shown").strip()
+        if column + len(text) > WIDTH:
+            text, column, line = text.lstrip(), 0, line + 1
+        at = {"x": column / WIDTH, "y": 0.95 - 0.16 * line, "family": "monospace", "va": "top"}
+        ax.text(s=text, fontsize=7.5, bbox={"fc": COLOURS[bound], "ec": "none", "pad": 0.5} if bound else None, **at)
         if bound:
-            ax.text(x, 0.84 + y, f"{r['ratio']:.2f}", fontsize=6, va="top")
-        x += width
+            ax.text(s=f"{r['ratio']:.2f}", fontsize=5.5, **at | {"y": at["y"] + 0.055})
+        column += len(text)
 
 
 if __name__ == "__main__":

@@ -209,14 +209,15 @@ def write_table(path, rows):
 
 
 def read_table(path):
-    def value(text):
-        try:
-            return float(text)
-        except ValueError:
-            return text or None
+    """-> the rows; a cell is a number where it can be one, but for a token, which is text"""
+
+    def value(column, text):
+        with contextlib.suppress(ValueError):
+            return text if column == "token" else float(text)
+        return text or None
 
     with open(path, newline="") as f:
-        return [{k: value(v) for k, v in row.items()} for row in csv.DictReader(f)]
+        return [{k: value(k, v) for k, v in row.items()} for row in csv.DictReader(f)]
 
 
 # ---------------------------------------------------------------------------------------------------------- arithmetics
@@ -429,6 +430,7 @@ def grid(rows, columns, width=9.5, height=2.3):
     figure, axes = plt.subplots(rows, columns, figsize=(width, height * rows + 1), squeeze=False, layout="constrained")
     for ax in axes.flat:
         ax.grid(alpha=0.3)
+        ax.set_axisbelow(True)
         ax.spines[["top", "right"]].set_visible(False)
         ax.tick_params(labelsize=8)
     return figure, axes
@@ -511,7 +513,7 @@ def run(modules, args):
     node = args.scale == "node"
     usual = [module for module in modules if not hasattr(module, "run")]
     found = [(command, seed, full, args.runs.absolute() / name(full)) for command, seed, full in runs_of(usual, args)]
-    todo = [(full, out) for _, _, full, out in found]
+    todo = [(full, out) for out, full in {out: full for _, _, full, out in found}.items()]  # no folder twice
     failed = launch(todo, 1 if node else args.jobs, ("accelerate", "launch") if node else (sys.executable,))
     for module in modules:
         mine = [(c, seed, out) for c, seed, _, out in found if c in commands_at(module, args.scale)]

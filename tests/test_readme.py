@@ -45,7 +45,10 @@ PAPERS = {
 METRICS = {  # every name that is logged, each once
     "rollout/response_len, truncated": "tokens; share cut at `--max_response_len`",
     "rollout/accuracy": "share of the sampled responses that are right, whatever the rewards",
-    "rollout/repeat_ratio": "of the truncated: share that ends in a loop",
+    "rollout/repeat_ratio, repeat_ratio_right, repeat_ratio_wrong": "of the truncated, of those with a right and with a wrong answer: "
+    "share that ends in a loop",
+    "rollout/entropy": "of the next token, nats, from all sampled tokens: minus the mean of their log-probabilities as they were sampled",
+    "rollout/prob_P": "share of the sampled tokens whose probability was P % or more, and less than the next P: 0, 30, 60, 85, 95, 99",
     "rollout/spent, kept": "responses sampled for this step, those of dropped groups too; groups that are trained on",
     "rollout/logp_gap, logp_k3": "trainer against engine, before any update: mean absolute difference (nats), and KL by "
     "exp(d) - 1 - d. The canary: a run stops when the engine evidently samples from other weights (in fp32 one missed load "
@@ -263,6 +266,7 @@ def names(script):
     if "eval/SET/SET" in found:  # what `summary` finds of a set
         sample = {"correct": True, "tokens": 1, "truncated": False, "error": ""}
         found |= {f"eval/SET/{metric.replace('@1', '@K')}" for metric in common.summary([sample] * 2, 1, 1)}
+    found = {name.replace("prob_SET", "prob_P") for name in found}
     return found - {"time/SET", "eval/mean/accuracy", "eval/SET/SET", "eval/SET/SET_se"}
 
 

@@ -81,6 +81,51 @@ def test_a_run_folder_has_everything(finished):
     assert all(row["train/grad_norm"] > 0 and row["reward/std"] > 0 for row in rows[:4])  # it did learn from something
 
 
+def test_what_is_logged_of_the_tokens(finished):
+    """The bins share out all tokens; clipped.jsonl has as many cut tokens as the metrics say; a shown response is one of its step."""
+    rows = read_metrics(finished)
+    cut = [json.loads(line) for line in (finished / "clipped.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in cut] == [0, 1, 2, 3]
+    for row, of in zip(rows, cut):
+        bins = [row[f"rollout/prob_{p}"] for p in (0, 30, 60, 85, 95, 99)]
+        assert sum(bins) == pytest.approx(1) and 0 < row["rollout/entropy"] < 1
+        trained = row["perf/train_tokens_per_s"] * row["time/update"]
+        for bound in ("low", "high"):
+            counts = of[bound]
+            assert sum(n for *_, n in counts) == pytest.approx(row[f"train/clip_{bound}"] * trained, abs=1e-3)
+            assert [n for *_, n in counts] == sorted((n for *_, n in counts), reverse=True)
+    assert any(of[bound] for of in cut for bound in ("low", "high"))  # at this learning rate
+    shown = [json.loads(line) for line in (finished / "tokens.jsonl").read_text().splitlines()]
+    assert {row["step"] for row in shown} == {0}  # --eval_every 40
+    for row in shown:
+        assert len(row["tokens"]) == len(row["ratio"]) == len(row["entropy"]) and row["tokens"][-1] == "<|end|>"
+        assert all((row["ratio"][i] < 0.8) & (row["adv"] < 0) for i in row["low"])
+        assert all((row["ratio"][i] > 1.2) & (row["adv"] > 0) for i in row["high"])
+
+
+def test_the_log_of_tokens_can_be_left_out_and_costs_little(monkeypatch, tmp_path):
+    """--log_tokens off leaves the rest the same; on, it takes less than 3 % of the steps' time, at the laptop's own size"""
+    spent = []
+    for name in ("sampled_tokens", "trained_tokens", "write_clipped", "write_shown"):
+
+        def timed(*args, call=getattr(common.Log, name)):
+            begun = time.perf_counter()
+            call(*args)
+            spent.append(time.perf_counter() - begun)
+
+        monkeypatch.setattr(common.Log, name, timed)
+    flags = ["--scale", "laptop", "--steps", 3, "--eval_data", "eval_easy", "--eval_every", 2]
+    on = run_main(monkeypatch, lite_ppo, *flags, "--out", tmp_path / "on")
+    steps = sum(row["time/step"] - row.get("time/eval", 0) for row in on)
+    assert len(spent) > 3 * 4 and sum(spent) < 0.03 * steps
+    spent.clear()
+    off = run_main(monkeypatch, lite_ppo, *flags, "--log_tokens", "off", "--out", tmp_path / "off")
+    assert sum(spent) < 1e-3 and not (tmp_path / "off" / "clipped.jsonl").read_text()
+    same = [name for name in on[0] if not name.startswith(("time/", "perf/", "rollout/prob", "rollout/entropy"))]
+    assert [[row.get(name) for name in same] for row in on] == [[row.get(name) for name in same] for row in off]
+    assert not any(name.startswith("rollout/prob") for name in off[0])
+
+
 def test_the_checkpoint_is_a_model(finished):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -1,0 +1,453 @@
+"""The figures: their commands, their arithmetic, how runs are started and read, and what is said of them."""
+
+import importlib
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from argparse import Namespace
+
+import curves
+import numpy as np
+import pytest
+import report
+import study
+from conftest import ROOT
+
+import common
+import runs
+
+FIGURES = study.figures()
+USUAL = [module for module in FIGURES if not hasattr(module, "run")]  # all but figure 2, which trains nothing
+COMMANDS = list(dict.fromkeys(c for module in USUAL for c in runs.commands(module)))
+
+
+def id_of(module):
+    return module.__name__
+
+
+def settings(folder, **more):
+    more = {"scale": "laptop", "seeds": 2, "jobs": 2, "steps": None} | more
+    return Namespace(**more, runs=folder / "runs", out=folder / "figures")
+
+
+def fake_run(folder, seed=1, steps=12, tokens=20):
+    """A finished run's folder with the metrics, the cut tokens and the shown responses of `steps` rollouts"""
+    folder.mkdir(parents=True)
+    rng, rows = np.random.default_rng(seed), []
+    for step in range(steps + 1):
+        row = {"step": step}
+        if step % 4 == 0:
+            row |= {f"eval/{name}/accuracy": rng.uniform() for name in ("easy", "hard", "mean")}
+            row |= {f"eval/{name}/accuracy_se": 0.02 for name in ("easy", "hard", "mean")}
+        if step < steps:
+            bins = {f"prob_{100 * low:.0f}": rng.uniform() for low in common.PROBABILITIES}
+            rollout = {"accuracy", "response_len", "entropy", "truncated", "repeat_ratio_right", "repeat_ratio_wrong"}
+            row |= {f"rollout/{name}": value for name, value in (bins | {n: rng.uniform() for n in rollout}).items()}
+            row |= {"reward/std": rng.uniform(), "train/clip_high": 0.001, "time/generate": 1.0, "time/update": 2.0}
+        rows.append(row)
+    cut = [
+        {"step": s, "low": [[" wait", 7, 2]], "high": [["so", 5, 3], ["2", 34, 1], [",", 9, 1]]} for s in range(steps)
+    ]
+    shown = {
+        "problem": "what is 1 + 1? </script>",
+        "answer": "2",
+        "adv": 0.5,
+        "tokens": ["<so>", " it"] * (tokens // 2),
+    }
+    shown |= {"ratio": [1.3, 0.9] * (tokens // 2), "entropy": [0.2, 1.1] * (tokens // 2), "low": [1], "high": [0]}
+    sample = {"step": steps, "set": "easy", "problem": "p", "response": "r" * tokens, "answer": "2", "correct": True}
+    files = {
+        "metrics": rows,
+        "clipped": cut,
+        "tokens": [shown | {"step": s} for s in range(0, steps, 4)],
+        "samples": [sample],
+    }
+    for name, lines in files.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name in ("args", "result", "versions"):
+        (folder / f"{name}.json").write_text("{}")
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------------------- commands
+
+
+def test_there_is_a_file_for_every_figure_that_is_no_text():
+    assert [m.__name__[3:5] for m in FIGURES] == [f"{n:02d}" for n in (*range(1, 16), 18)]
+
+
+def test_what_is_usual_are_the_scripts_defaults():
+    import lite_ppo
+
+    assert runs.USUAL == {flag: str(lite_ppo.DEFAULTS[flag][0]) for flag in runs.USUAL}
+
+
+def test_every_command_is_one_of_a_script_and_all_runs_differ():
+    """A folder's name is that of the pasted command, so that a run started by hand is found."""
+    names = [runs.name(f"{command} --seed 3") for command in COMMANDS]
+    assert len(set(names)) == len(COMMANDS) - 1  # the limit of 128 tokens is said in figure 13 alone
+    assert all(name.endswith("__s3") for name in names)
+    assert runs.name("lite_ppo.py --norm none --clip_high 0.20 --seed 2") == "lite_ppo__norm=none__s2"
+    args = importlib.import_module("lite_ppo").parse_args(["--norm", "none", "--scale", "laptop"])
+    assert args.out == "runs/" + runs.name("lite_ppo.py --norm none")
+
+
+def test_a_wrong_command_says_so(capsys):
+    with pytest.raises(SystemExit):
+        runs.name("lite_ppo.py --norm nonsense")
+    assert "invalid choice: 'nonsense'" in capsys.readouterr().err
+
+
+def test_the_papers_runs(monkeypatch):
+    """Only what the figure switches is left of the laptop's flags, and the scripts take it."""
+    monkeypatch.setattr(common, "data_mistakes", lambda *_: [])  # its data sets are not here
+    command = (
+        "lite_ppo.py --norm none --model data/tiny/aligned --max_response_len 56 --minibatches 16 --lr 2e-4 --steps 40"
+    )
+    assert runs.at_node(command, "8B") == "lite_ppo.py --norm none --model Qwen/Qwen3-8B --max_response_len 8192"
+    for module in USUAL:
+        for at in runs.commands_at(module, "node"):
+            runs.name(f"{at} --scale node")
+    bench = runs.at_node("dapo.py --data easy", "4B")
+    args = importlib.import_module("dapo").parse_args([*bench.split()[1:], "--scale", "node"])
+    study_of = importlib.import_module("lite_ppo").DEFAULTS
+    same = "prompts_per_step group_size minibatches warmup_steps weight_decay temperature top_p top_k max_response_len lr".split()
+    assert {flag: getattr(args, flag) for flag in same} == {flag: study_of[flag][1] for flag in same}
+
+
+def test_node_prints_what_to_paste():
+    done = subprocess.run(
+        [sys.executable, "plots/fig06_std_scope.py", "--scale", "node"], cwd=ROOT, capture_output=True, text=True
+    )
+    lines = done.stdout.splitlines()
+    assert len(lines) == 8 and all(
+        line.startswith("accelerate launch lite_ppo.py --norm group_mean_") for line in lines
+    )
+    assert sum("Qwen/Qwen3-8B-Base" in line for line in lines) == 4 and "--steps" not in done.stdout
+
+
+# ---------------------------------------------------------------------------------------------------------- arithmetics
+
+
+def test_smooth_by_hand():
+    """0, 0, 1, 1 with a window of 3: means 0, 1/3, 2/3, 1; with factor 0.5 then 0, 1/6, 5/12, 17/24"""
+    assert np.allclose(runs.smooth([0, 0, 1, 1], window=3, factor=0.5), [0, 1 / 6, 5 / 12, 17 / 24])
+
+
+def test_iqm_by_hand():
+    """Of eight values the middle four; of five, 1.25 go at each end: (0.75 x 2 + 3 + 0.75 x 10) / 2.5"""
+    assert runs.iqm([9, 1, 2, 3, 4, 5, 6, 100]) == pytest.approx((3 + 4 + 5 + 6) / 4)
+    assert runs.iqm([1, 2, 3, 10, 99]) == pytest.approx((1.5 + 3 + 7.5) / 2.5)
+
+
+def test_the_interval_covers_the_mean_of_five_seeds():
+    """Of 600 draws of five normal numbers 95 % have the true mean in their interval; the plain percentiles 83 %."""
+    draws = np.random.default_rng(1).normal(size=(600, 5))
+    inside = plain = 0
+    for values in draws:
+        low, high = runs.interval(values, draws=4000)
+        inside += low <= 0 <= high
+        means = np.random.default_rng(0).choice(values, (4000, 5)).mean(1)
+        plain += np.quantile(means, 0.025) <= 0 <= np.quantile(means, 0.975)
+    assert 0.92 <= inside / 600 <= 0.97 and 0.79 <= plain / 600 <= 0.87
+
+
+def test_one_seed_has_no_interval():
+    assert np.isnan(runs.interval([0.5])).all()
+
+
+def table(*ends):
+    """Final scores of two seeds of the commands of `test_claims`: the mean of the last two evaluations, 0.1 apart"""
+    rows = []
+    for command, seeds in ends:
+        for seed, score in enumerate(seeds, start=1):
+            rows += [
+                {"command": command, "seed": seed, "step": step, runs.SCORE: value}
+                for step, value in ((0, 0.0), (10, score - 0.05), (15, None), (20, score + 0.05))
+            ]
+    return runs.Table(rows)
+
+
+def test_claims():
+    """The differences are taken seed by seed and averaged over the panels; what is not comparable takes no part."""
+    group, batch = "lite_ppo.py --norm group_mean_group_std", "lite_ppo.py --norm batch_mean_batch_std"
+    t = table(
+        (f"{group} --data easy", [0.5, 0.6]),
+        (f"{batch} --data easy", [0.4, 0.4]),
+        (f"{group} --data hard", [0.5, 0.5]),
+        (f"{batch} --data hard", [0.4, 0.5]),
+        (f"{batch} --data hard --wrong_reward -1", [0.9, 0.9]),
+    )
+    claim = runs.Claim("better", "norm", "group_mean_group_std", "batch_mean_batch_std")
+    assert len(claim.pairs(t)) == 2 and claim.differences(t) == pytest.approx([0.1, 0.1])
+    assert claim.verdict(t) == "seen" and claim.sentence(t) == "better: seen, +0.100 [+0.100, +0.100]"
+    assert runs.Claim("", "norm", claim.worse, claim.better).verdict(t) == "opposite"
+    hard = runs.Claim("", "norm", claim.better, claim.worse, {"data": "hard"})
+    assert hard.differences(t) == pytest.approx([0.1, 0.0]) and hard.verdict(t) == "not seen"
+    assert runs.Claim("", "norm", claim.better, claim.worse, gain=False).verdict(t) == "opposite"
+    assert runs.Claim("", "norm", claim.worse, claim.better, gain=False).verdict(t) == "seen"
+    assert runs.Claim("", "norm", "none", claim.better).verdict(t) == "not seen"
+
+
+def test_every_claim_finds_its_pairs():
+    for module in USUAL:
+        every = runs.Table([{"command": c, "seed": 1, "step": 0} for c in runs.commands(module)])
+        assert all(claim.pairs(every) for claim in module.CLAIMS), module
+
+
+# ------------------------------------------------------------------------------------------------------------- starting
+
+
+FAKE = """
+import json, pathlib, sys, time
+args = sys.argv[2:]
+folder = pathlib.Path(args[args.index("--resume" if "--resume" in args else "--out") + 1])
+folder.mkdir(exist_ok=True)
+with open(folder / "calls", "a") as f: f.write(" ".join(args) + chr(10))
+if "bad" in folder.name: sys.exit("no good")
+time.sleep(float(args[args.index("--sleep") + 1]) if "--sleep" in args else 0)
+(folder / "result.json").write_text("{}")
+"""
+
+
+def test_launch(tmp_path, capfd):
+    """Finished runs are not started again, one that was stopped goes on, one that fails is told and the others run."""
+    (tmp_path / "fake.py").write_text(FAKE)
+    done, begun, fresh, bad = (tmp_path / name for name in ("done", "begun", "fresh", "bad"))
+    done.mkdir()
+    begun.mkdir()
+    (done / "result.json").write_text("{}")
+    todo = [("x.py --a 1", run) for run in (done, bad, begun, fresh)]
+    assert runs.launch(todo, 2, (sys.executable, str(tmp_path / "fake.py"))) == 1
+    assert not (done / "calls").exists()
+    assert (begun / "calls").read_text() == f"--resume {begun}\n"
+    assert (fresh / "calls").read_text() == f"--a 1 --out {fresh}\n"
+    assert runs.finished(fresh) and runs.finished(begun)
+    assert "bad: ended with 1" in capfd.readouterr().err and "no good" in (tmp_path / "bad.log").read_text()
+
+
+def test_jobs_run_side_by_side_and_end_with_the_program(tmp_path):
+    (tmp_path / "fake.py").write_text(FAKE)
+    code = "import sys, pathlib, runs; folder = pathlib.Path(sys.argv[1]); "
+    code += (
+        "runs.launch([('x.py --sleep 60', folder / n) for n in 'abc'], 2, (sys.executable, sys.argv[1] + '/fake.py'))"
+    )
+    env = os.environ | {"PYTHONPATH": str(ROOT / "plots")}
+    process = subprocess.Popen([sys.executable, "-c", code, tmp_path], env=env, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.glob("*/calls"))) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 143
+    assert not (tmp_path / "c").exists() and not list(tmp_path.glob("*/result.json"))
+    left = subprocess.run(["pgrep", "-f", str(tmp_path / "fake.py")], capture_output=True, text=True).stdout
+    assert not left.strip()
+
+
+def test_jobs_share_the_cores():
+    before = os.sched_getaffinity(0)
+    with runs.share_of_cores(0, 2):
+        first = os.sched_getaffinity(0)
+    with runs.share_of_cores(1, 2):
+        second = os.sched_getaffinity(0)
+    assert os.sched_getaffinity(0) == before
+    if len(before) > 1:
+        assert first | second == before and not first & second
+
+
+def test_real_runs_become_a_figure(tmp_path):
+    """The two commands of figure 10 with one seed and two steps, stopped after the first, and resumed"""
+    command = [
+        sys.executable,
+        "plots/fig10_clipped_tokens.py",
+        "--run",
+        "--seeds",
+        "1",
+        "--steps",
+        "2",
+        "--runs",
+        str(tmp_path),
+    ]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    deadline = time.monotonic() + 200
+    while not list(tmp_path.glob("*/result.json")):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    process.terminate()
+    process.communicate()
+    first = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/result.json")}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(first) == 1 and len(list(tmp_path.glob("*/result.json"))) == 2
+    assert all(path.stat().st_mtime_ns == then for path, then in first.items())  # they were not run again
+    rows = runs.read_table(tmp_path / "figures" / "fig10_clipped_tokens.csv")
+    assert {row["command"] for row in rows} == set(runs.commands(sys.modules["fig10_clipped_tokens"]))
+    assert sum(row["count"] or 0 for row in rows if row["kind"] == "low") > 10  # of real runs
+    assert (tmp_path / "figures" / "fig10_clipped_tokens.png").stat().st_size > 10_000
+
+
+# -------------------------------------------------------------------------------------------------------------- reading
+
+
+@pytest.mark.parametrize("module", USUAL, ids=id_of)
+def test_a_figure_from_run_folders(module, tmp_path):
+    """Collected from folders of two seeds, of which one is missing; drawn from the table that this makes"""
+    args = settings(tmp_path)
+    made = runs.runs_of([module], args)
+    for _, seed, full in made[:-1]:
+        fake_run(args.runs / runs.name(full), seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "launch", lambda *_: 0)
+        assert runs.run([module], args) == 0
+    assert runs.draw(module, args.out).stat().st_size > 10_000
+    table = runs.Table(runs.read_table(args.out / f"{module.__name__}.csv"))
+    assert set(table.commands) == set(runs.commands(module))
+
+
+def test_what_cannot_be_read_is_told_in_a_line_and_the_rest_is_drawn(tmp_path, capsys):
+    """Damaged, empty, unfinished, of another version, not there: one line each"""
+    module = sys.modules["fig03_dynamics"]
+    args = settings(tmp_path, seeds=1)
+    folders = [args.runs / runs.name(full) for _, _, full in runs.runs_of([module], args)]
+    for folder in folders[:5]:
+        fake_run(folder)
+    good, cut, empty, begun, old, missing = folders
+    text = (cut / "metrics.jsonl").read_text()
+    (cut / "metrics.jsonl").write_text(text[: len(text) // 2])
+    (empty / "metrics.jsonl").write_text("")
+    (begun / "result.json").unlink()
+    rows = [json.loads(line) for line in (old / "metrics.jsonl").read_text().splitlines()]
+    rows = [{k.replace("rollout/response_len", "length"): v for k, v in row.items()} for row in rows]
+    (old / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "launch", lambda *_: 0)
+        runs.run([module], args)
+    lines = capsys.readouterr().err.splitlines()
+    told = {
+        folder: [line.removeprefix(f"{folder}: ") for line in lines if line.startswith(f"{folder}:")]
+        for folder in folders
+    }
+    assert told[good] == [] and told[begun] == ["left out; not finished"] and told[missing] == ["left out; not there"]
+    assert (
+        len(told[cut]) == 1
+        and "left out" in told[cut][0]
+        and told[empty] == ["left out; metrics.jsonl is empty, or not of a run"]
+    )
+    assert told[old] == ["has no rollout/response_len; it is of another version, or logged less"] and len(lines) == 5
+    rows = runs.read_table(args.out / "fig03_dynamics.csv")
+    assert len({row["command"] for row in rows}) == 2
+    runs.draw(module, args.out)
+    curves.draw(folders, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+def test_a_table_is_read_as_it_was_written(tmp_path):
+    rows = [
+        {"command": "a.py", "seed": 1, "token": "3", "x": 0.12345678},
+        {"command": "a.py", "seed": 2, "token": None, "x": None},
+    ]
+    runs.write_table(tmp_path / "t.csv", rows)
+    assert runs.read_table(tmp_path / "t.csv") == [
+        {"command": "a.py", "seed": 1.0, "token": "3", "x": 0.1235},
+        {"command": "a.py", "seed": 2.0, "token": "", "x": None},
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------ what is committed
+
+
+@pytest.mark.parametrize("module", FIGURES, ids=id_of)
+def test_a_figure_is_drawn_from_its_committed_table_in_ten_seconds(module, tmp_path):
+    path = runs.FIGURES / f"{module.__name__}.csv"
+    (tmp_path / path.name).write_bytes(path.read_bytes())
+    begun = time.monotonic()
+    command = [sys.executable, module.__file__, "--out", tmp_path]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    assert time.monotonic() - begun < 10
+    assert (tmp_path / path.with_suffix(".png").name).stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("module", FIGURES, ids=id_of)
+def test_a_figure_says_what_its_table_says(module):
+    source = open(module.__file__).read()
+    assert "\nQuestion: " in source and "\nPaper: " in source and "\nHere: not run" not in source
+    assert source == study.told(module), "run `python tests/test_readme.py --write`"
+
+
+def test_the_committed_tables_are_of_these_commands_and_small():
+    for module in USUAL:
+        rows = runs.read_table(runs.FIGURES / f"{module.__name__}.csv")
+        assert {row["command"] for row in rows} == set(runs.commands(module)), module
+    assert sum(path.stat().st_size for path in runs.FIGURES.iterdir()) < 10e6
+
+
+def test_the_study_is_drawn(tmp_path):
+    for path in runs.FIGURES.glob("*.csv"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    assert study.overview(tmp_path).stat().st_size > 10_000
+
+
+# --------------------------------------------------------------------------------------------------------------- report
+
+
+def test_a_report_is_one_file_below_five_megabytes(tmp_path):
+    """Of 500 steps, and responses of 8,192 tokens; it names no other file and no address"""
+    run = fake_run(tmp_path / "run", steps=500, tokens=8192)
+    page = report.page(run)
+    assert len(page) < 5e6
+    assert not re.search(r"""(src|href)=["'](?!data:)|https?://|@import|url\(""", page)
+    assert page.count("</script>") == 1 and "what is 1 + 1? &lt;/script&gt;" in page
+
+
+def test_a_report_of_a_folder_that_is_no_run(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="nothing to show"):
+        report.page(tmp_path)
+    run = fake_run(tmp_path / "run")
+    (run / "tokens.jsonl").write_text('{"step": 0,')
+    (run / "versions.json").unlink()
+    assert "none were logged" in report.page(run) and "tokens.jsonl, line 1" in capsys.readouterr().err
+
+
+BROWSER = """
+import os, sys
+os.environ |= {"QT_QPA_PLATFORM": "offscreen", "QTWEBENGINE_CHROMIUM_FLAGS": "--no-sandbox --disable-gpu"}
+from PyQt6.QtCore import QTimer, QUrl
+from PyQt6.QtWebEngineWidgets import QWebEngineView
+from PyQt6.QtWidgets import QApplication
+app = QApplication(sys.argv)
+view = QWebEngineView()
+view.resize(1000, 2000)
+ask = '''[document.images.length, [...document.images].every(i => i.complete && i.naturalWidth > 400),
+  document.querySelectorAll('#r0 span').length, document.querySelectorAll('#r0 .cut').length,
+  document.querySelector('#r0 span').style.background, (document.querySelector('input[value=entropy]').click(),
+  document.querySelector('#r0 span').style.background), document.querySelector('#r0').textContent.slice(0, 7)].join('|')'''
+def answer(said):
+    print(said)
+    view.grab().save(sys.argv[2])
+    app.quit()
+view.loadFinished.connect(lambda ok: QTimer.singleShot(500, lambda: view.page().runJavaScript(ask, answer)))
+view.load(QUrl.fromLocalFile(sys.argv[1]))
+view.show()
+app.exec()
+"""
+
+
+@pytest.mark.browser
+def test_a_report_in_a_browser(tmp_path):
+    """Both pictures are there, tokens are coloured by ratio, then by entropy, cut ones marked; a screenshot is not empty."""
+    page = tmp_path / "report.html"
+    page.write_text(report.page(fake_run(tmp_path / "run", steps=500)))
+    command = [sys.executable, "-c", BROWSER, page, tmp_path / "shot.png"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "|" in done.stdout, done.stderr
+    images, loaded, spans, cut, by_ratio, by_entropy, text = done.stdout.strip().split("|")
+    assert (images, loaded, spans, cut, text) == ("2", "true", "20", "2", "<so> it"), done.stderr
+    assert by_ratio.startswith("rgba(213, 94, 0") and by_entropy.startswith("rgba(0, 158, 115")
+    pixels = importlib.import_module("matplotlib.image").imread(tmp_path / "shot.png")
+    assert pixels.shape[:2] == (2000, 1000) and statistics.pstdev(pixels[..., 0].ravel()[::997].tolist()) > 0.05
