@@ -3,7 +3,8 @@
 Question: of the truncated responses with a right and with a wrong answer, what share ends in a loop? With a short and a long limit,
 with and without the overlong filter?
 Paper: more at the longer limit and among the wrong ones; without the filter the share rises, with it it falls (appendix B.1).
-(What a loop is: rewards.repeats. The limits are those of figure 13: 56 and 128 tokens for 8 and 20 thousand.)
+(What a loop is: rewards.repeats. The limits are those of figure 13, 56 and 128 tokens for 8 and 20 thousand. The paper's filter is
+shown on an aligned model; ours never loops, so that it is the base model at the long limit here.)
 
 Here: not run yet.
 
@@ -11,8 +12,7 @@ Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node sho
 
     accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --data hard --max_response_len 56 --eval_max_response_len 56 --minibatches 8 --steps 40 --eval_every 10
     accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --data hard --max_response_len 128 --eval_max_response_len 128 --minibatches 8 --steps 40 --eval_every 10
-    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --model data/tiny/aligned --data hard --max_response_len 56 --eval_max_response_len 56 --minibatches 8 --steps 40 --eval_every 10
-    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --model data/tiny/aligned --data hard --max_response_len 56 --eval_max_response_len 56 --overlong filter --minibatches 8 --steps 40 --eval_every 10
+    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --data hard --max_response_len 128 --eval_max_response_len 128 --overlong filter --minibatches 8 --steps 40 --eval_every 10
 """
 
 import sys
@@ -23,8 +23,8 @@ SIZES = ("8B",)
 METRICS = ["rollout/repeat_ratio_right", "rollout/repeat_ratio_wrong", "rollout/truncated"]
 WRONG = "rollout/repeat_ratio_wrong"
 CLAIMS = [
-    runs.Claim("more loops at the long limit", "limit", "long", "short", {"kind": "base"}, WRONG, 500),
-    runs.Claim("the filter lowers them, aligned", "overlong", "keep", "filter", {"kind": "aligned"}, WRONG, 500),
+    runs.Claim("more loops at the long limit", "limit", "long", "short", {"overlong": "keep"}, WRONG, 500),
+    runs.Claim("the filter lowers them", "overlong", "keep", "filter", {"limit": "long"}, WRONG, 500),
 ]
 
 
@@ -38,19 +38,22 @@ def shares(table, command, which):
     return steps, runs.smooth([sum(found[s]) / len(found[s]) for s in steps])
 
 
+def lines(ax, table, command, name, colour):
+    for which, dashes in (("right", "-"), ("wrong", "--")):
+        ax.plot(*shares(table, command, which), color=colour, linestyle=dashes, label=f"{name}, {which} answer")
+
+
 def draw(rows):
     table = runs.Table(rows)
     figure, axes = runs.grid(1, 2, height=2.8)
     for command in table.commands:
         f = runs.flags(command)
-        left = f["kind"] == "base"
-        value = {"short": "0.28", "long": "0.2"}[f["limit"]] if left else f["overlong"]
-        name = f"limit {f['max_response_len']}" if left else runs.STYLES[value][0]
-        for which, dashes in (("right", "-"), ("wrong", "--")):
-            steps, share = shares(table, command, which)
-            colour = runs.STYLES[value][1]
-            axes[0, int(not left)].plot(steps, share, color=colour, linestyle=dashes, label=f"{name}, {which} answer")
-    for ax, title in zip(axes[0], ("base, no filter", "aligned, limit 56")):
+        limit = {"short": "0.28", "long": "0.2"}[f["limit"]]  # black is the long one
+        if f["overlong"] == "keep":
+            lines(axes[0, 0], table, command, f"limit {f['max_response_len']}", runs.STYLES[limit][1])
+        if f["limit"] == "long":
+            lines(axes[0, 1], table, command, *runs.STYLES[f["overlong"]][:2])
+    for ax, title in zip(axes[0], ("base, all responses", "base, limit 128")):
         ax.set_title(title, fontsize=9)
         ax.set_ylim(-0.02, 1.02)
         ax.set_xlabel("rollouts trained on", fontsize=9)
