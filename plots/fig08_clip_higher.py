@@ -2,8 +2,8 @@
 
 Question: an upper clip of 0.28 against 0.20, base and aligned models: which ends higher?
 Paper: aligned models gain; base models do not, or are harmed (takeaway 4).
-(The clip figures take 16 updates a rollout at twice the learning rate, so that the clip cuts about as many tokens as in the
-paper, 0.3 %: with 8 at 1e-4 the upper bound cuts 3 of 10,000 and all bounds give one run.)
+(The clip figures take 16 updates a rollout at twice the learning rate: the upper bound of 0.20 then cuts 14 of 10,000 tokens, both
+bounds 60, where the paper has 30. With 8 updates at 1e-4 it cuts 1, and all bounds give nearly one run.)
 
 Here: not run yet.
 

@@ -48,15 +48,11 @@ def claims(folder=runs.FIGURES):
 
 def markdown():
     """-> the lines of the README's table of takeaways"""
-    lines = ["| | the paper | here: effect, 95 % interval | | why it may differ |", "|---|---|---|---|---|"]
+    lines = ["| | the paper | here, with 95 % interval | why it may differ |", "|---|---|---|---|"]
     for number, (text, why) in TAKEAWAYS.items():
-        mine = [
-            (module, claim, claim.effect(table), claim.verdict(table))
-            for n, module, claim, table in claims()
-            if n == number
-        ]
-        effects = [f"{c.text} (fig. {m.__name__[3:5]}): {e[0]:+.3f} [{e[1]:+.3f}, {e[2]:+.3f}]" for m, c, e, _ in mine]
-        lines.append(f"| {number} | {text} | {'<br>'.join(effects)} | {'<br>'.join(v for *_, v in mine)} | {why} |")
+        mine = [(module, claim.sentence(table)) for n, module, claim, table in claims() if n == number]
+        found = "<br>".join(f"{sentence} (figure {int(module.__name__[3:5])})" for module, sentence in mine)
+        lines.append(f"| {number if number < 9 else ''} | {text} | {found} | {why} |")
     return lines
 
 
@@ -85,8 +81,10 @@ def overview(folder):
     ax, names = axes[0, 0], []
     for y, (number, _, claim, table) in enumerate(found):
         mean, low, high, _ = claim.effect(table)
-        colour = {"seen": "#0072B2", "opposite": "#D55E00", "not seen": "#999999"}[claim.verdict(table)]
-        mark = {"seen": "o", "opposite": "X", "not seen": "s"}[claim.verdict(table)]
+        colour = {"seen": "#0072B2", "opposite": "#D55E00", "not seen": "#999999", "open": "#CCCCCC"}[
+            claim.verdict(table)
+        ]
+        mark = {"seen": "o", "opposite": "X", "not seen": "s", "open": "."}[claim.verdict(table)]
         ax.plot([low, high], [y, y], color=colour, lw=2)
         ax.plot(mean, y, mark, color=colour, label=claim.verdict(table))
         names.append(f"{number if number < 9 else 'Lite PPO'}: {claim.text}")
@@ -97,7 +95,7 @@ def overview(folder):
     shown = dict(zip(*reversed(ax.get_legend_handles_labels())))
     figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncol=3, fontsize=9, frameon=False)
     verdicts = [claim.verdict(table) for _, _, claim, table in found]
-    counts = ", ".join(f"{verdicts.count(v)} {v}" for v in ("seen", "not seen", "opposite"))
+    counts = ", ".join(f"{verdicts.count(v)} {v}" for v in dict.fromkeys(verdicts))
     figure.suptitle(f"What the paper claims, on a laptop: {counts}", fontsize=10, x=0.01, ha="left")
     figure.savefig(folder / "study.png", dpi=100)
     return folder / "study.png"

@@ -146,7 +146,7 @@ def test_iqm_by_hand():
 
 
 def test_the_interval_covers_the_mean_of_five_seeds():
-    """Of 600 draws of five normal numbers 95 % have the true mean in their interval; the plain percentiles 83 %."""
+    """Of 600 draws of five normal numbers 93 % have the true mean in their interval; the plain percentiles 83 %."""
     draws = np.random.default_rng(1).normal(size=(600, 5))
     inside = plain = 0
     for values in draws:
@@ -154,44 +154,49 @@ def test_the_interval_covers_the_mean_of_five_seeds():
         inside += low <= 0 <= high
         means = np.random.default_rng(0).choice(values, (4000, 5)).mean(1)
         plain += np.quantile(means, 0.025) <= 0 <= np.quantile(means, 0.975)
-    assert 0.92 <= inside / 600 <= 0.97 and 0.79 <= plain / 600 <= 0.87
+    assert 0.9 <= inside / 600 <= 0.97 and 0.79 <= plain / 600 <= 0.87
 
 
 def test_one_seed_has_no_interval():
     assert np.isnan(runs.interval([0.5])).all()
 
 
-def table(*ends):
-    """Final scores of two seeds of the commands of `test_claims`: the mean of the last two evaluations, 0.1 apart"""
+def table(ends):
+    """{command: final scores of its seeds} -> evaluations of which the last two have that mean"""
     rows = []
-    for command, seeds in ends:
-        for seed, score in enumerate(seeds, start=1):
-            rows += [
-                {"command": command, "seed": seed, "step": step, runs.SCORE: value}
-                for step, value in ((0, 0.0), (10, score - 0.05), (15, None), (20, score + 0.05))
-            ]
+    for command, scores in ends.items():
+        for seed, score in enumerate(scores, start=1):
+            values = {0: 0.0, 10: score - 0.05, 15: None, 20: score + 0.05}
+            rows += [{"command": command, "seed": seed, "step": step, runs.SCORE: v} for step, v in values.items()]
     return runs.Table(rows)
 
 
 def test_claims():
     """The differences are taken seed by seed and averaged over the panels; what is not comparable takes no part."""
     group, batch = "lite_ppo.py --norm group_mean_group_std", "lite_ppo.py --norm batch_mean_batch_std"
-    t = table(
-        (f"{group} --data easy", [0.5, 0.6]),
-        (f"{batch} --data easy", [0.4, 0.4]),
-        (f"{group} --data hard", [0.5, 0.5]),
-        (f"{batch} --data hard", [0.4, 0.5]),
-        (f"{batch} --data hard --wrong_reward -1", [0.9, 0.9]),
-    )
+    ends = {
+        f"{group} --data easy": [0.5, 0.6, 0.5, 0.5, 0.5],
+        f"{batch} --data easy": [0.4, 0.4, 0.4, 0.4, 0.4],
+        f"{group} --data hard": [0.5, 0.5, 0.5, 0.5, 0.5],
+        f"{batch} --data hard": [0.4, 0.5, 0.4, 0.4, 0.6],
+        f"{batch} --data hard --wrong_reward -1": [0.9] * 5,
+    }
+    t = table(ends)
     claim = runs.Claim("better", "norm", "group_mean_group_std", "batch_mean_batch_std")
-    assert len(claim.pairs(t)) == 2 and claim.differences(t) == pytest.approx([0.1, 0.1])
-    assert claim.verdict(t) == "seen" and claim.sentence(t) == "better: seen, +0.100 [+0.100, +0.100]"
-    assert runs.Claim("", "norm", claim.worse, claim.better).verdict(t) == "opposite"
+    assert len(claim.pairs(t)) == 2 and claim.differences(t) == pytest.approx([0.1, 0.1, 0.1, 0.1, 0.0])
     hard = runs.Claim("", "norm", claim.better, claim.worse, {"data": "hard"})
-    assert hard.differences(t) == pytest.approx([0.1, 0.0]) and hard.verdict(t) == "not seen"
-    assert runs.Claim("", "norm", claim.better, claim.worse, gain=False).verdict(t) == "opposite"
-    assert runs.Claim("", "norm", claim.worse, claim.better, gain=False).verdict(t) == "seen"
-    assert runs.Claim("", "norm", "none", claim.better).verdict(t) == "not seen"
+    assert hard.differences(t) == pytest.approx([0.1, 0, 0.1, 0.1, -0.1]) and hard.verdict(t) == "not seen"
+    easy = runs.Claim("better", "norm", claim.better, claim.worse, {"data": "easy"})
+    assert easy.verdict(t) == "seen" and re.fullmatch(
+        r"better: seen, \+0\.120 \[\+0\.100, \+0\.[12]\d\d\]", easy.sentence(t)
+    )
+    worse = {"flag": "norm", "better": claim.worse, "worse": claim.better, "where": {"data": "easy"}}
+    assert runs.Claim("", **worse).verdict(t) == "opposite"
+    assert runs.Claim("", **worse, gain=False).verdict(t) == "seen"
+    assert runs.Claim("", "norm", claim.better, claim.worse, {"data": "easy"}, gain=False).verdict(t) == "opposite"
+    few = table({command: scores[:4] for command, scores in ends.items()})
+    assert easy.verdict(few) == "open" and easy.sentence(few) == "better: open, +0.125 in 4 seeds"
+    assert runs.Claim("", "norm", "none", claim.better).verdict(t) == "open"
 
 
 def test_every_claim_finds_its_pairs():

@@ -1,6 +1,7 @@
 """What the README says of flags, metrics, constants, sizes and differences is made from the code: this test fails when it is not.
 
-`python tests/test_readme.py --write` writes it anew, between the marks `<!-- NAME -->` and `<!-- end -->`.
+`python tests/test_readme.py --write` writes it anew, between the marks `<!-- NAME -->` and `<!-- end -->`, and in the figures'
+docstrings what was found.
 """
 
 import argparse
@@ -13,9 +14,12 @@ import sys
 import tokenize
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]  # when it is run as a program
+sys.path[:0] = [
+    str(Path(__file__).parent.parent / folder) for folder in ("", "tests", "plots")
+]  # when it is run as a program
 
 import pytest
+import study
 import torch
 from conftest import ROOT, SCRIPTS, SHARED, load_module, make_parser
 from test_bugs import PATCHES, head
@@ -305,7 +309,17 @@ def example():
     return [f"    {line}".rstrip() for line in (ROOT / "tests" / "gspo.patch").read_text().splitlines()]
 
 
+def figures():
+    rows = ["| figure | | picture |", "|---|---|---|"]
+    for module in study.figures():
+        name, title = module.__name__, module.__doc__.split("\n")[0].split(": ", 1)[1]
+        rows.append(f"| [{name[3:5]}](plots/{name}.py) | {title} | [{name}.png](plots/figures/{name}.png) |")
+    return rows
+
+
 SECTIONS = {
+    "study": study.markdown,
+    "figures": figures,
     "sizes": sizes,
     "diff grpo.py lite_ppo.py": lambda: diff("lite_ppo"),
     "diff grpo.py dapo.py": lambda: diff("dapo"),
@@ -348,3 +362,5 @@ if __name__ == "__main__":
     for name, lines in SECTIONS.items():
         text = replaced(text, name, lines())
     README.write_text(text)
+    for module in study.figures():
+        Path(module.__file__).write_text(study.told(module))
