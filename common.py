@@ -615,16 +615,18 @@ class Log:
     def write_clipped(self, step):
         """A row of clipped.jsonl: {"step", "low": [[token, id, how often it was cut], ...], "high"}, on all processes."""
         shares, row = all_gather(self.clipped), {"step": step}
-        for name in self.clipped:
-            counts = sum((share[name] for share in shares), Counter()).most_common()
-            row[name] = [[self.tokenizer.decode([i]), i, n] for i, n in counts]
         if rank() == 0:
+            for name in self.clipped:
+                counts = sum((share[name] for share in shares), Counter()).most_common()
+                row[name] = [[self.tokenizer.decode([i]), i, n] for i, n in counts]
             append(self.folder / "clipped.jsonl", [row])
 
     def write_shown(self, step):
-        """Rows of tokens.jsonl: of the last pack of the step the first response and the one with most tokens cut, token by token."""
+        """Rows of tokens.jsonl: of the last pack of the step the first response and the one with most tokens cut by the
+        upper bound, or else by the lower, token by token.
+        """
         batch, pack, values, adv, cuts = self.shown
-        cut, rows = pack.rows[cuts["low"] | cuts["high"]], []
+        cut, rows = pack.rows[cuts["high"] if cuts["high"].any() else cuts["low"]], []
         for i in dict.fromkeys([*pack.rows[:1].tolist(), *(cut.mode().values[None].tolist() if len(cut) else [])]):
             mine, problem = pack.rows == i, batch[i].problem
             row = {"step": step, "problem": problem["problem"], "answer": problem["answer"], "adv": adv[mine][0].item()}

@@ -29,13 +29,13 @@ CLAIMS = [
 
 def draw(rows):
     table = runs.Table(rows)
-    figure, axes = runs.grid(1, 2, height=2.8)
-    for ax, data in zip(axes[0], ("easy", "hard")):
+    panels = list(dict.fromkeys(map(runs.panel, table.commands)))
+    figure, axes = runs.grid(1, len(panels), height=2.8)
+    for ax, name in zip(axes[0], panels):
         for command in table.commands:
-            f = runs.flags(command)
-            if f["data"] == data:
-                runs.line(ax, table, command, f["script"], runs.SCORE, smoothed=False)
-        ax.set_title(f"trained on {data}", fontsize=9)
+            if runs.panel(command) == name:
+                runs.line(ax, table, command, runs.flags(command)["script"], runs.SCORE, smoothed=False)
+        ax.set_title(f"{name} (bands: ± s.d. over seeds)", fontsize=9)
         ax.set_xlabel("rollouts trained on", fontsize=9)
     axes[0, 0].set_ylabel(runs.NAMES[runs.SCORE], fontsize=9)
     runs.entitle(figure, table, "Two tricks against five, and against GRPO", CLAIMS)

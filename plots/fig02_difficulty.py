@@ -30,10 +30,10 @@ def run(args):
     rows = []
     for command in runs.commands_at(sys.modules[__name__], args.scale):
         model = runs.flags(command)["model"]
-        files = (
-            subset(args.runs.absolute(), 16 * (args.steps or 40), Path(model).name)
-            if args.scale == "laptop"
-            else whole()
+        laptop = args.scale == "laptop"
+        size, source = (16 * (args.steps or 40), "data/tiny") if laptop else (None, "data")  # None: all of them
+        files = subset(
+            args.runs.absolute() / f"difficulty__{Path(model).name}__{size or 'all'}", runs.ROOT / source, size
         )
         counted = [file.with_suffix(".difficulty.jsonl") for file in files]
         if not all(map(Path.is_file, counted)):
@@ -46,18 +46,13 @@ def run(args):
     return rows
 
 
-def subset(where, size, model):
+def subset(folder, source, size):
     """-> files with the first problems of each tier, in a folder of their own: the counts are written beside them"""
-    folder = where / f"difficulty__{model}__{size}"
     folder.mkdir(parents=True, exist_ok=True)
     for tier in TIERS:
-        lines = (runs.ROOT / "data" / "tiny" / f"{tier}.jsonl").read_text().splitlines(keepends=True)
+        lines = (source / f"{tier}.jsonl").read_text().splitlines(keepends=True)
         (folder / f"{tier}.jsonl").write_text("".join(lines[:size]))
     return [folder / f"{tier}.jsonl" for tier in TIERS]
-
-
-def whole():
-    return [runs.ROOT / "data" / f"{tier}.jsonl" for tier in TIERS]
 
 
 def counts_of(rows):

@@ -23,13 +23,16 @@ SIZES = "4B", "8B"
 METRICS = ["rollout/accuracy", "rollout/response_len"]
 CLAIMS = [
     runs.Claim(
-        "harder data make longer responses (tokens), base",
+        "responses of the base model grow more on hard data than on easy (tokens)",
         "data",
         "hard",
         "easy",
         {"kind": "base"},
         "rollout/response_len",
+        5,
+        change=True,
     ),
+    runs.Claim("the base model gains more than the aligned one", "kind", "base", "aligned", change=True),
 ]
 
 

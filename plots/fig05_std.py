@@ -21,16 +21,21 @@ SIZES = "4B", "8B"
 METRICS = ["reward/std"]
 CLAIMS = [
     runs.Claim(
-        "without std is better on easy data", "norm", "batch_mean", "batch_mean_batch_std", {"data": "easy"}, takeaway=2
+        "on easy data it is better without std",
+        "norm",
+        "batch_mean",
+        "batch_mean_batch_std",
+        {"data": "easy"},
+        takeaway=2,
     ),
     runs.Claim(
-        "and makes no difference on hard",
+        "on hard data it is the same without std",
         "norm",
         "batch_mean",
         "batch_mean_batch_std",
         {"data": "hard"},
         takeaway=2,
-        gain=False,
+        expect="the same",
     ),
 ]
 

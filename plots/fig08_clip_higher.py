@@ -25,13 +25,15 @@ SIZES = "4B", "8B"
 METRICS = ["rollout/accuracy", "train/clip_high"]
 CLAIMS = [
     runs.Claim("0.28 helps the aligned model", "clip_high", "0.28", "0.2", {"kind": "aligned"}, takeaway=4),
-    runs.Claim("but not the base model", "clip_high", "0.28", "0.2", {"kind": "base"}, takeaway=4, gain=False),
+    runs.Claim(
+        "0.28 does not help the base model", "clip_high", "0.28", "0.2", {"kind": "base"}, takeaway=4, expect="no more"
+    ),
 ]
 
 
 def draw(rows):
     table = runs.Table(rows)
-    figure = runs.compare(table, "clip_high")
+    figure = runs.compare(table, "clip_high", METRICS)
     runs.entitle(figure, table, "Upper clip 0.28 against 0.20", CLAIMS)
     return figure
 

@@ -4,7 +4,8 @@ Question: what share of the sampled tokens had a probability of 0.99 or more, 0.
 Paper: in aligned models far fewer tokens are near certain, and fewer under 0.28, so that there is more for Clip-Higher to act on.
 (Over all rollouts of a run; the paper says "initial stage".)
 (The clip figures take 16 updates a rollout at twice the learning rate: the upper bound of 0.20 then cuts 14 of 10,000 tokens, both
-bounds 60, where the paper has 30. With 8 updates at 1e-4 it cuts 1, and all bounds give nearly one run.)
+bounds 60, where the paper has 30. With 8 updates at 1e-4 it cuts 1, and all bounds give nearly one run.
+The probabilities are those of sampling: on a node of what top_p and top_k leave.)
 
 Here: not run yet.
 
@@ -37,8 +38,10 @@ def draw(rows):
         mine = [c for c in table.commands if runs.panel(c) == name]
         for k, command in enumerate(mine):
             scores = [list(table.last(command, f"rollout/prob_{low}", 500).values()) for low in BINS]
+            if not all(scores):
+                continue
             means = [100 * sum(s) / len(s) for s in scores]
-            label, colour, _ = runs.STYLES[runs.flags(command)["clip_high"]]
+            label, colour, *_ = runs.STYLES[runs.flags(command)["clip_high"]]
             at = [i + (k - (len(mine) - 1) / 2) * 0.4 for i in range(len(BINS))]
             bars = ax.bar(at, means, 0.38, color=colour, label=label, hatch="//" * k, edgecolor="white")
             ax.bar_label(bars, fmt="%.1f", fontsize=7)

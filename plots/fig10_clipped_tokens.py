@@ -12,7 +12,6 @@ Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node sho
     accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --model data/tiny/aligned --data medium --clip_high 0.28 --minibatches 16 --lr 2e-4 --steps 40 --eval_every 10
 """
 
-import json
 import sys
 from collections import Counter
 
@@ -22,62 +21,63 @@ SIZES = ("4B", "8B")
 CONNECTIVES = "after and but if next now so then therefore thus wait".split()
 FUNCTION = "is it of that the this we , . :".split()
 CLAIMS = [
-    runs.Claim("under 0.28 fewer cuts (per 1,000 tokens)", "clip_high", "0.2", "0.28", {}, "cuts", 1, takeaway=5),
+    runs.Claim("under 0.28 fewer tokens are cut (of 1,000)", "clip_high", "0.2", "0.28", {}, "cuts", 1, takeaway=5),
     runs.Claim(
-        "connectives are a larger share of them under 0.20",
-        "clip_high",
-        "0.2",
-        "0.28",
-        {},
-        "connectives",
-        1,
-        takeaway=5,
+        "under 0.20 more of them are connectives (share)", "clip_high", "0.2", "0.28", {}, "connectives", 1, takeaway=5
     ),
 ]
 TOP = 20
 COLOURS = {"low": "#A8D8F5", "high": "#F2A36B"}  # of a token by the bound that cut it
 KINDS = {"connective": ("#D55E00", "//"), "function word": ("#56B4E9", ".."), "other": ("#999999", "")}
-WIDTH = 68  # characters in a line
+WIDTH, LINES = 64, 6  # characters in a line, lines that are shown
 
 
 def collect(found):
     """-> rows of three kinds: of a run the cuts and the share of connectives in those of the upper bound; of a bound and a
     token how often it was cut; of the response with most upper cuts a token, with its ratio. found: [(command, seed, folder)]
     """
-    metrics = runs.table_of(found, ["train/clip_high"])
-    rows = []
+    rows, blank = (
+        [],
+        dict.fromkeys(("command", "seed", "step", "cuts", "connectives", "kind", "token", "count", "ratio")),
+    )
+    shares = {}
+    for r in runs.table_of(found, ["train/clip_high"]):
+        shares.setdefault((r["command"], r["seed"]), []).append(r.get("train/clip_high"))
     for command, seed, run in found:
-        shares = [r["train/clip_high"] for r in metrics if (r["command"], r["seed"]) == (command, seed)]
-        shares = [s for s in shares if s is not None]
-        if not shares:
+        row, share = blank | {"command": command, "seed": seed}, [s for s in shares[command, seed] if s is not None]
+        steps = runs.read_lines(run / "clipped.jsonl")
+        if not share or not steps:
+            rows.append(row)
             continue
         counts = {"low": Counter(), "high": Counter()}
-        for step in map(json.loads, (run / "clipped.jsonl").read_text().splitlines()):
+        for step in steps:
             for bound, count in counts.items():
-                count.update({token.strip(): n for token, _, n in step[bound]})
-        row = dict.fromkeys(("command", "seed", "step", "cuts", "connectives", "kind", "token", "count", "ratio"))
-        row |= {"command": command, "seed": seed, "step": 0}
+                for token, _, n in step[bound]:
+                    count[token.strip().lower()] += n
         cut = counts["high"].total()
-        share = sum(counts["high"][word] for word in CONNECTIVES) / cut if cut else None
-        rows.append(row | {"cuts": 1000 * sum(shares) / len(shares), "connectives": share, "kind": "run"})
+        connectives = sum(counts["high"][word] for word in CONNECTIVES) / cut if cut else None
+        cuts = 1000 * sum(share) / len(share)
+        rows.append(row | {"step": 0, "kind": "run", "cuts": cuts, "connectives": connectives})
         rows += [row | {"kind": b, "token": t, "count": n} for b, count in counts.items() for t, n in count.items()]
-        if seed == 1:
-            responses = [json.loads(line) for line in (run / "tokens.jsonl").read_text().splitlines()]
+        responses = runs.read_lines(run / "tokens.jsonl") if seed == 1 else []
+        if responses:
             best = max(responses, key=lambda r: (len(r["high"]), len(r["low"])))
-            cuts = {i: bound for bound in ("low", "high") for i in best[bound]}
+            where = {i: bound for bound in ("low", "high") for i in best[bound]}
             shown = enumerate(zip(best["tokens"], best["ratio"]))
-            rows += [row | {"kind": "shown " + cuts.get(i, ""), "token": t, "ratio": x} for i, (t, x) in shown]
+            rows += [row | {"kind": f"shown {where.get(i, '')}", "token": t, "ratio": x} for i, (t, x) in shown]
     return rows
 
 
 def draw(rows):
-    table = runs.Table([r for r in rows if r["kind"] == "run"])
+    table = runs.Table(rows)
     named = [c for c in table.commands if runs.flags(c)["size"] == runs.flags(table.commands[0])["size"]]
     figure, axes = runs.grid(2, len(named), height=3)
+    for ax in axes[0, 1:]:
+        ax.sharey(axes[0, 0])
     for column, command in zip(axes.T, named):
         mine = [r for r in rows if r["command"] == command]
         top(column[0], mine)
-        show(column[1], [r for r in mine if r["kind"].startswith("shown")])
+        show(column[1], [r for r in mine if (r["kind"] or "").startswith("shown")])
         column[0].set_title(runs.STYLES[runs.flags(command)["clip_high"]][0], fontsize=9)
     runs.entitle(figure, table, "Which tokens the bounds cut, aligned model", CLAIMS)
     return figure
@@ -94,7 +94,7 @@ def top(ax, rows):
     for kind, (colour, hatch) in KINDS.items():
         of = [k for k, found in enumerate(kinds) if found == kind]
         ax.bar(of, [values[k] for k in of], color=colour, hatch=hatch, edgecolor="white", label=kind)
-    ax.set_xticks(range(len(names)), names, rotation=90)
+    ax.set_xticks(range(len(names)), names, rotation=90, parse_math=False)
     ax.set_ylabel("cut by the upper bound (times)", fontsize=9)
 
 
@@ -103,14 +103,17 @@ def show(ax, rows):
     ax.axis("off")
     ax.set_title("blue: cut by the lower bound, orange: by the upper; above it the ratio", fontsize=8, loc="left")
     column = line = 0
-    for r in rows:
-        text, bound = r["token"], r["kind"].removeprefix("shown").strip()
+    for k, r in enumerate(rows):
+        text, bound = r["token"].replace("\n", " "), r["kind"].removeprefix("shown").strip()
         if column + len(text) > WIDTH:
             text, column, line = text.lstrip(), 0, line + 1
-        at = {"x": column / WIDTH, "y": 0.95 - 0.16 * line, "family": "monospace", "va": "top"}
+        if line == LINES:
+            ax.text(0, 0.95 - 0.16 * line, f"... {len(rows) - k} more tokens", fontsize=7.5, va="top")
+            break
+        at = {"x": column / WIDTH, "y": 0.95 - 0.16 * line, "family": "monospace", "va": "top", "parse_math": False}
         ax.text(s=text, fontsize=7.5, bbox={"fc": COLOURS[bound], "ec": "none", "pad": 0.5} if bound else None, **at)
         if bound:
-            ax.text(s=f"{r['ratio']:.2f}", fontsize=5.5, **at | {"y": at["y"] + 0.055})
+            ax.text(s=f"{r['ratio']:.1f}", fontsize=5.5, **at | {"y": at["y"] + 0.055})
         column += len(text)
 
 

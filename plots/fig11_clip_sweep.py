@@ -23,7 +23,8 @@ SIZES = "4B", "8B"
 METRICS = ["rollout/accuracy"]
 CLAIMS = [
     runs.Claim("0.24 beats 0.20", "clip_high", "0.24", "0.2", takeaway=6),
-    runs.Claim("0.28 beats 0.20", "clip_high", "0.28", "0.2", takeaway=6),
+    runs.Claim("0.28 beats 0.24", "clip_high", "0.28", "0.24", takeaway=6),
+    runs.Claim("0.32 beats 0.28", "clip_high", "0.32", "0.28", takeaway=6),
     runs.Claim("0.32 beats 0.20", "clip_high", "0.32", "0.2", takeaway=6),
 ]
 

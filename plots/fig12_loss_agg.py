@@ -24,8 +24,17 @@ import runs
 SIZES = ("8B",)
 METRICS = ["rollout/accuracy"]
 CLAIMS = [
-    runs.Claim("token mean is better for base", "loss_agg", "token_mean", "seq_mean", {"kind": "base"}, takeaway=7),
-    runs.Claim("sequence mean for aligned", "loss_agg", "seq_mean", "token_mean", {"kind": "aligned"}, takeaway=7),
+    runs.Claim(
+        "token mean is better for the base model", "loss_agg", "token_mean", "seq_mean", {"kind": "base"}, takeaway=7
+    ),
+    runs.Claim(
+        "sequence mean is better for the aligned model",
+        "loss_agg",
+        "seq_mean",
+        "token_mean",
+        {"kind": "aligned"},
+        takeaway=7,
+    ),
 ]
 
 

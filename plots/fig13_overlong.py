@@ -24,27 +24,33 @@ import runs
 
 SIZES = ("8B",)
 METRICS = ["rollout/accuracy", "rollout/response_len"]
+SHORT, LONG = {"kind": "base", "limit": "short"}, {"kind": "base", "limit": "long"}
+LENGTH = "rollout/response_len"
 CLAIMS = [
     runs.Claim(
-        "the filter helps at the short limit, base",
+        "under the short limit the filter helps the base model", "overlong", "filter", "keep", SHORT, takeaway=8
+    ),
+    runs.Claim(
+        "under the short limit it helps the aligned model",
         "overlong",
         "filter",
         "keep",
-        {"kind": "base", "limit": "short"},
+        SHORT | {"kind": "aligned"},
         takeaway=8,
     ),
     runs.Claim(
-        "and the aligned model", "overlong", "filter", "keep", {"kind": "aligned", "limit": "short"}, takeaway=8
-    ),
-    runs.Claim(
-        "but not at the long limit, base",
+        "under the long limit it does not help the base model",
         "overlong",
         "filter",
         "keep",
-        {"kind": "base", "limit": "long"},
+        LONG,
         takeaway=8,
-        gain=False,
+        expect="no more",
     ),
+    runs.Claim(
+        "base, short limit: shorter with it (tokens)", "overlong", "keep", "filter", SHORT, LENGTH, 10, takeaway=8
+    ),
+    runs.Claim("base, long limit: longer with it (tokens)", "overlong", "filter", "keep", LONG, LENGTH, 10, takeaway=8),
 ]
 
 

@@ -20,7 +20,7 @@ import sys
 import runs
 
 SIZES = ("8B",)
-METRICS = ["rollout/repeat_ratio_right", "rollout/repeat_ratio_wrong", "rollout/truncated"]
+METRICS = ["rollout/repeat_ratio_right", "rollout/repeat_ratio_wrong"]
 WRONG = "rollout/repeat_ratio_wrong"
 CLAIMS = [
     runs.Claim("more loops at the long limit", "limit", "long", "short", {"overlong": "keep"}, WRONG, 500),
@@ -43,22 +43,39 @@ def lines(ax, table, command, name, colour):
         ax.plot(*shares(table, command, which), color=colour, linestyle=dashes, label=f"{name}, {which} answer")
 
 
+def found(rows):
+    """The third finding, of right against wrong answers, from all steps and seeds of the long limit without the filter"""
+    table, means = runs.Table(rows), {}
+    long = [c for c in table.commands if runs.flags(c)["limit"] == "long" and runs.flags(c)["overlong"] == "keep"]
+    for which in ("right", "wrong"):
+        values = [v for c in long for v in table.last(c, f"rollout/repeat_ratio_{which}", 500).values()]
+        means[which] = sum(values) / len(values) if values else float("nan")
+    return (
+        "of the truncated at the long limit {right:.0%} of the right and {wrong:.0%} of the wrong answers loop".format(
+            **means
+        )
+    )
+
+
 def draw(rows):
     table = runs.Table(rows)
-    figure, axes = runs.grid(1, 2, height=2.8)
+    models = list(dict.fromkeys(runs.panel(command) for command in table.commands))
+    figure, axes = runs.grid(len(models), 2, height=3)
     for command in table.commands:
-        f = runs.flags(command)
-        limit = {"short": "0.28", "long": "0.2"}[f["limit"]]  # black is the long one
+        f, row = runs.flags(command), axes[models.index(runs.panel(command))]
+        limit = f"limit {f['max_response_len']}"
         if f["overlong"] == "keep":
-            lines(axes[0, 0], table, command, f"limit {f['max_response_len']}", runs.STYLES[limit][1])
+            lines(row[0], table, command, limit, {"short": "#D55E00", "long": "black"}[f["limit"]])
         if f["limit"] == "long":
-            lines(axes[0, 1], table, command, *runs.STYLES[f["overlong"]][:2])
-    for ax, title in zip(axes[0], ("base, all responses", "base, limit 128")):
-        ax.set_title(title, fontsize=9)
+            lines(row[1], table, command, *runs.STYLES[f["overlong"]][:2])
+            row[1].set_title(f"with and without the filter, {limit}", fontsize=9)
+        row[0].set_title(f"{runs.panel(command)}, without the filter", fontsize=9)
+    for ax in axes.flat:
         ax.set_ylim(-0.02, 1.02)
         ax.set_xlabel("rollouts trained on", fontsize=9)
         ax.set_ylabel("loops, share of the truncated", fontsize=9)
-    runs.entitle(figure, table, "Truncated responses that end in a loop", CLAIMS)
+        ax.legend(fontsize=7)
+    runs.entitle(figure, table, f"Truncated responses that end in a loop: {found(rows)}", CLAIMS, legend=False)
     return figure
 
 

@@ -25,7 +25,7 @@ SIZES = ("8B",)
 METRICS = ["rollout/accuracy"]
 CLAIMS = [
     runs.Claim("1/-1 helps batch norm", "wrong_reward", "-1", "0", {"norm": "batch_mean_batch_std"}, takeaway=1),
-    runs.Claim("1/-1 helps where nothing is normalized", "wrong_reward", "-1", "0", {"norm": "none"}),
+    runs.Claim("1/-1 helps without normalization", "wrong_reward", "-1", "0", {"norm": "none"}),
 ]
 
 

@@ -11,7 +11,6 @@ import base64
 import html
 import io
 import json
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -70,17 +69,6 @@ DATA.forEach((r, i) => {
 document.querySelectorAll('input[name=by]').forEach(input => input.onchange = () => paint(input.value));
 paint('ratio');
 """
-
-
-def read_lines(path):
-    """-> the rows of a .jsonl file; none where it is missing, and of a damaged line nothing"""
-    rows = []
-    for number, text in enumerate(path.read_text().splitlines() if path.is_file() else [], start=1):
-        try:
-            rows.append(json.loads(text))
-        except ValueError:
-            print(f"{path}, line {number}: not JSON; left out", file=sys.stderr)
-    return rows
 
 
 def picture(figure):
@@ -176,7 +164,7 @@ def page(run):
     rows = runs.read_metrics(run)
     if not rows:
         raise SystemExit(f"{run}: nothing to show")
-    boxes, data = responses(read_lines(run / "tokens.jsonl"))
+    boxes, data = responses(runs.read_lines(run / "tokens.jsonl"))
     settings = {
         name: json.loads((run / f"{name}.json").read_text())
         for name in ("args", "versions")
@@ -199,7 +187,7 @@ def page(run):
 <h2>Responses, token by token</h2>
 <p>Of the last mini-batch of a rollout the first response and the one with most cut tokens. A cut token is underlined; hover for numbers. Colour by {by}</p>
 {boxes}
-<h2>Responses of the last evaluation</h2>{samples(read_lines(run / "samples.jsonl"))}
+<h2>Responses of the last evaluation</h2>{samples(runs.read_lines(run / "samples.jsonl"))}
 <h2>Settings</h2><pre>{html.escape(json.dumps(settings, indent=1))}</pre>
 <script>const DATA = {data};{SCRIPT}</script></html>
 """

@@ -8,6 +8,7 @@ the table is made from them first.
 import argparse
 import contextlib
 import csv
+import fcntl
 import importlib
 import io
 import json
@@ -83,7 +84,7 @@ def at_node(command, size):
     given["model"] = MODELS[given.get("model", USUAL["model"])].format(size)
     given |= {name: LIMITS[value] for name, value in given.items() if name.endswith("max_response_len")}
     parts = [script, *(f"--{name} {value}" for name, value in given.items())]
-    return " ".join(parts + [BENCH] * (script != "lite_ppo.py"))
+    return " ".join(parts + [BENCH] * (script in ("grpo.py", "dapo.py")))
 
 
 def panel(command):
@@ -123,7 +124,8 @@ def launch(todo, jobs, launcher=(sys.executable,)):
             for slot in set(range(jobs)) - going.keys():
                 if waiting:
                     command, run = waiting.pop(0)
-                    going[slot] = start(command, run, launcher, slot, jobs), run
+                    if process := start(command, run, launcher, slot, jobs):
+                        going[slot] = process, run
             time.sleep(0.2)
             for slot, (process, run) in list(going.items()):
                 if process.poll() is not None:
@@ -143,10 +145,16 @@ def launch(todo, jobs, launcher=(sys.executable,)):
 
 
 def start(command, run, launcher, slot, jobs):
+    """-> the process; None of a run that another command has started: its log is locked as long as it goes on"""
     script, *words = shlex.split(command)
     words = ["--resume", str(run)] if run.exists() else [*words, "--out", str(run)]
     run.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{run}.log", "a") as log, share_of_cores(slot, jobs):
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            tqdm.write(f"{run}: left out; another command is running it", file=sys.stderr)
+            return None
         full = [*launcher, str(ROOT / script), *words]
         return subprocess.Popen(full, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
 
@@ -159,8 +167,10 @@ def share_of_cores(slot, jobs):
         return
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, sorted(cores)[slot % len(cores) :: jobs])
-    yield
-    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
 # -------------------------------------------------------------------------------------------------------------- reading
@@ -179,14 +189,14 @@ def read_metrics(run):
 
 
 def table_of(runs, metrics):
-    """-> a row {"command", "seed", "step", metric: value or None} for each step of each run that can be read
+    """-> a row {"command", "seed", "step", metric: value or None} for each step of each run, one without a step where it cannot be read
 
     runs: [(command, seed, folder)]; metrics: regular expressions of what is wanted, besides the accuracy of the evaluations.
     """
     late = [run for _, _, run in runs if not finished(run)]
     for run in late:
         print(f"{run}: left out; " + ("not finished" if run.exists() else "not there"), file=sys.stderr)
-    found = [(command, seed, run, read_metrics(run)) for command, seed, run in runs if run not in late]
+    found = [(command, seed, run, [] if run in late else read_metrics(run)) for command, seed, run in runs]
     pattern = "|".join([*metrics, "eval/.+/accuracy"])
     names = dict.fromkeys(k for *_, rows in found for row in rows for k in row if re.fullmatch(pattern, k))
     for _, _, run, rows in found:
@@ -194,10 +204,21 @@ def table_of(runs, metrics):
         if lacks:
             print(f"{run}: has no {', '.join(lacks)}; it is of another version, or logged less", file=sys.stderr)
     return [
-        {"command": command, "seed": seed, "step": row["step"]} | {name: row.get(name) for name in names}
+        {"command": command, "seed": seed, "step": row.get("step")} | {name: row.get(name) for name in names}
         for command, seed, _, rows in found
-        for row in rows
+        for row in rows or [{}]  # so that the table knows of a run that is missing
     ]
+
+
+def read_lines(path):
+    """-> the rows of a .jsonl file; none where it is missing, and of a damaged line nothing but a word"""
+    rows = []
+    for number, text in enumerate(path.read_text().splitlines() if path.is_file() else [], start=1):
+        try:
+            rows.append(json.loads(text))
+        except ValueError:
+            print(f"{path}, line {number}: left out; not JSON", file=sys.stderr)
+    return rows
 
 
 def write_table(path, rows):
@@ -225,13 +246,13 @@ def read_table(path):
 
 
 def smooth(values, window=11, factor=0.8):
-    """(n,) -> (n,): mean over a window around each step, then y_t = factor y_(t-1) + (1 - factor) x_t.
+    """(n,) -> (n,): mean over the last `window` steps, fewer at the start, then y_t = factor y_(t-1) + (1 - factor) x_t.
 
-    Window and factor are the paper's (caption of figure 3); the order and the centred window, shorter at the ends, are ours.
+    Window and factor are the paper's (caption of figure 3); the order, and that the window looks back, are ours.
     """
-    half, smoothed = window // 2, []
+    smoothed = []
     for i in range(len(values)):
-        x = np.mean(values[max(0, i - half) : i + half + 1])
+        x = np.mean(values[max(0, i - window + 1) : i + 1])
         smoothed.append(factor * smoothed[-1] + (1 - factor) * x if smoothed else x)
     return np.array(smoothed)
 
@@ -279,7 +300,10 @@ class Table:
     def __init__(self, rows):
         self.series = {}  # command: {seed: {metric: ([step, ...], [value, ...])}}
         for row in rows:
-            mine = self.series.setdefault(row["command"], {}).setdefault(int(row["seed"]), {})
+            seeds = self.series.setdefault(row["command"], {})
+            if row["step"] is None:  # a missing run
+                continue
+            mine = seeds.setdefault(int(row["seed"]), {})
             for name, value in row.items():
                 if name not in ("command", "seed", "step") and value is not None:
                     steps, values = mine.setdefault(name, ([], []))
@@ -294,10 +318,19 @@ class Table:
         values = [[one[step] for step in steps] for one in found]
         return np.array(steps), np.array([smooth(v) for v in values] if smoothed else values)
 
-    def last(self, command, metric=SCORE, count=LAST):
-        """-> {seed: mean of the last `count` values}"""
-        seeds = self.series.get(command, {})
-        return {seed: float(np.mean(s[metric][1][-count:])) for seed, s in seeds.items() if metric in s}
+    def last(self, command, metric=SCORE, count=LAST, change=False):
+        """-> {seed: mean of the last `count` values}, of evaluations without that of the untrained model where there are others.
+
+        change: less the mean of the first `count`, of evaluations the first.
+        """
+        found, evaluation = {}, metric.startswith("eval/")
+        for seed, one in self.series.get(command, {}).items():
+            if metric in one:
+                values = one[metric][1]
+                ends = values[1:] or values if evaluation else values
+                first = np.mean(values[: 1 if evaluation else count]) if change else 0.0
+                found[seed] = float(np.mean(ends[-count:]) - first)
+        return found
 
 
 # --------------------------------------------------------------------------------------------------------------- claims
@@ -317,11 +350,15 @@ class Claim:
     where: dict = field(default_factory=dict)
     metric: str = SCORE
     count: int = LAST  # the mean of this many last values counts
+    change: bool = False  # less the first ones
     takeaway: int = 0  # the paper's number; 9: its claim for Lite PPO
-    gain: bool = True  # False: the paper says that there is none
+    expect: str = "more"  # or "no more", or "the same": what the paper says
+    small: float = SMALL  # a difference below it is none
 
     def pairs(self, table):
         def rest(command):
+            if self.flag == "script":  # on a node, their other flags put them on one bench
+                return panel(command)
             same = {"kind": "model", "limit": "max_response_len"}.get(self.flag)  # what they follow from
             return {k: v for k, v in flags(command).items() if k not in (self.flag, same, f"eval_{same}")}
 
@@ -331,10 +368,7 @@ class Claim:
 
     def differences(self, table):
         """-> one number a seed: the mean over the pairs that this seed has all of"""
-        ends = [
-            (table.last(a, self.metric, self.count), table.last(b, self.metric, self.count))
-            for a, b in self.pairs(table)
-        ]
+        ends = [[table.last(c, self.metric, self.count, self.change) for c in pair] for pair in self.pairs(table)]
         seeds = set.intersection(*(a.keys() & b.keys() for a, b in ends)) if ends else ()
         return [float(np.mean([a[seed] - b[seed] for a, b in ends])) for seed in sorted(seeds)]
 
@@ -343,13 +377,17 @@ class Claim:
         return (float(np.mean(values)) if values else math.nan, *interval(values), len(values))
 
     def verdict(self, table):
-        """seen or opposite where the interval lies on one side of 0; no gain is seen where it lies below SMALL; open with few seeds"""
+        """By the interval. more: seen above 0, opposite below. no more: seen below `small`, opposite above 0. the same: seen within
+        `small` of 0, opposite where it does not hold 0. Open with few seeds.
+        """
         _, low, high, n = self.effect(table)
         if n < ENOUGH:
             return "open"
-        if not self.gain:
-            return "seen" if high < SMALL else "opposite" if low > 0 else "not seen"
-        return "seen" if low > 0 else "opposite" if high < 0 else "not seen"
+        if self.expect == "more":
+            return "seen" if low > 0 else "opposite" if high < 0 else "not seen"
+        if self.expect == "no more":
+            return "seen" if high < self.small else "opposite" if low > 0 else "not seen"
+        return "seen" if max(-low, high) < self.small else "opposite" if low > 0 or high < 0 else "not seen"
 
     def sentence(self, table):
         mean, low, high, n = self.effect(table)
@@ -360,28 +398,28 @@ class Claim:
 
 # -------------------------------------------------------------------------------------------------------------- drawing
 
-STYLES = {  # value of a flag: label, colour, dashes. The baseline is black in every figure; colours differ in lightness too
-    "none": ("no normalization", "#E69F00", (0, (1, 1))),
-    "batch_mean": ("batch mean, no std", "#CC79A7", (0, (5, 1))),
-    "batch_mean_batch_std": ("batch mean, batch std", "#56B4E9", (0, (4, 1.5))),
-    "group_mean_group_std": ("group mean, group std", "black", "-"),
-    "group_mean_batch_std": ("group mean, batch std", "#D55E00", (0, (6, 1, 1, 1))),
-    "seq_mean": ("sequence mean", "black", "-"),
-    "token_mean": ("token mean", "#0072B2", (0, (4, 1.5))),
-    "keep": ("all responses", "black", "-"),
-    "filter": ("overlong filter", "#009E73", (0, (4, 1.5))),
-    "0.2": ("upper clip 0.20", "black", "-"),
-    "0.24": ("upper clip 0.24", "#56B4E9", (0, (1, 1))),
-    "0.28": ("upper clip 0.28", "#D55E00", (0, (4, 1.5))),
-    "0.32": ("upper clip 0.32", "#E69F00", (0, (6, 1, 1, 1))),
-    "0": ("reward 1 / 0", "black", "-"),
-    "-1": ("reward 1 / -1", "#D55E00", (0, (4, 1.5))),
-    "grpo": ("GRPO", "black", "-"),
-    "dapo": ("DAPO", "#56B4E9", (0, (4, 1.5))),
-    "lite_ppo": ("Lite PPO", "#D55E00", (0, (6, 1, 1, 1))),
-    "easy": ("easy", "#56B4E9", (0, (1, 1))),
-    "medium": ("medium", "#D55E00", (0, (4, 1.5))),
-    "hard": ("hard", "black", "-"),
+STYLES = {  # value of a flag: label, colour, dashes, marker. The study's baseline is black in every figure
+    "none": ("no normalization", "#E69F00", (0, (1, 1)), "^"),
+    "batch_mean": ("batch mean, no std", "#882255", (0, (1, 1)), "D"),
+    "batch_mean_batch_std": ("batch mean, batch std", "#56B4E9", (0, (4, 1.5)), "s"),
+    "group_mean_group_std": ("group mean, group std", "black", "-", "o"),
+    "group_mean_batch_std": ("group mean, batch std", "#D55E00", (0, (6, 1, 1, 1)), "v"),
+    "seq_mean": ("sequence mean", "black", "-", "o"),
+    "token_mean": ("token mean", "#0072B2", (0, (4, 1.5)), "s"),
+    "keep": ("all responses", "black", "-", "o"),
+    "filter": ("overlong filter", "#009E73", (0, (4, 1.5)), "s"),
+    "0.2": ("upper clip 0.20", "black", "-", "o"),
+    "0.24": ("upper clip 0.24", "#56B4E9", (0, (1, 1)), "^"),
+    "0.28": ("upper clip 0.28", "#D55E00", (0, (4, 1.5)), "s"),
+    "0.32": ("upper clip 0.32", "#E69F00", (0, (6, 1, 1, 1)), "v"),
+    "0": ("reward 1 / 0", "black", "-", "o"),
+    "-1": ("reward 1 / -1", "#D55E00", (0, (4, 1.5)), "s"),
+    "grpo": ("GRPO", "black", "-", "o"),
+    "dapo": ("DAPO", "#56B4E9", (0, (4, 1.5)), "s"),
+    "lite_ppo": ("Lite PPO", "#D55E00", (0, (6, 1, 1, 1)), "v"),
+    "easy": ("easy", "#56B4E9", (0, (1, 1)), "^"),
+    "medium": ("medium", "#D55E00", (0, (4, 1.5)), "s"),
+    "hard": ("hard", "black", "-", "o"),
 }
 NAMES = {  # metric: the label of its axis
     "rollout/accuracy": "training accuracy",
@@ -389,13 +427,12 @@ NAMES = {  # metric: the label of its axis
     "rollout/response_len": "response length (tokens)",
     "rollout/entropy": "entropy (nats a token)",
     "reward/std": "std of the rewards of a batch",
-    "rollout/truncated": "truncated responses (share)",
+    "train/clip_high": "cut by the upper bound (share)",
 }
 
 
 def style(value):
-    label, colour, dashes = STYLES[value]
-    return {"label": label, "color": colour, "linestyle": dashes}
+    return dict(zip(("label", "color", "linestyle", "marker"), STYLES[value]))
 
 
 def line(ax, table, command, value, metric, smoothed=True):
@@ -403,31 +440,31 @@ def line(ax, table, command, value, metric, smoothed=True):
     steps, values = table.curves(command, metric, smoothed)
     if len(steps):
         mean, look = values.mean(0), style(value)
-        ax.plot(steps, mean, lw=1.6, marker=None if smoothed else "o", markersize=3, **look)
+        ax.plot(steps, mean, lw=1.6, markersize=4, markevery=max(1, len(steps) // 4), **look)
         if len(values) > 1:
-            ax.fill_between(
-                steps, mean - values.std(0, ddof=1), mean + values.std(0, ddof=1), color=look["color"], alpha=0.15, lw=0
-            )
+            sd = values.std(0, ddof=1)
+            ax.fill_between(steps, mean - sd, mean + sd, color=look["color"], alpha=0.15, lw=0)
 
 
 def finals(ax, table, series, names):
-    """Final scores on each evaluation set: the mean over seeds with its 95 % interval, and the interquartile mean of all (a cross).
+    """Final scores on each evaluation set: mean over seeds, with its 95 % interval where there are enough; the interquartile mean of all.
 
     series: [(command, value)]
     """
     for k, (command, value) in enumerate(series):
-        _, colour, _ = STYLES[value]
+        _, colour, _, marker = STYLES[value]
         at = (k - (len(series) - 1) / 2) * 0.8 / len(series)
         every = []
         for x, name in enumerate(names):
-            scores = list(table.last(command, f"eval/{name}/accuracy").values())
-            low, high = interval(scores) if len(scores) > 1 else (scores[0], scores[0]) if scores else (math.nan,) * 2
-            ax.plot([x + at] * 2, [low, high], color=colour, lw=1.2)
-            ax.plot(x + at, np.mean(scores) if scores else math.nan, "os^Dv"[k], color=colour, markersize=4)
-            every += scores
+            if scores := list(table.last(command, f"eval/{name}/accuracy").values()):
+                ax.plot(x + at, np.mean(scores), marker, color=colour, markersize=4)
+                if len(scores) >= ENOUGH:
+                    ax.plot([x + at] * 2, interval(scores), color=colour, lw=1.2)
+                every += scores
         if every:
-            ax.plot(len(names) + at, iqm(every), "os^Dv"[k], color=colour, markersize=4, markerfacecolor="white")
-    ax.set_xticks(range(len(names) + 1), [*names, "IQM"], rotation=35, fontsize=8)
+            ax.plot(len(names) + at, iqm(every), marker, color=colour, markersize=4, markerfacecolor="white")
+    look = {"rotation": 40, "ha": "right", "rotation_mode": "anchor", "fontsize": 8}
+    ax.set_xticks(range(len(names) + 1), [*names, "IQM"], **look)
 
 
 def grid(rows, columns, width=9.5, height=2.3):
@@ -440,12 +477,13 @@ def grid(rows, columns, width=9.5, height=2.3):
     return figure, axes
 
 
-def entitle(figure, table, subject, claims):
+def entitle(figure, table, subject, claims, legend=True):
     """The title says what was found, the legend stands below."""
     lines = [subject, *(claim.sentence(table) for claim in claims)]
     figure.suptitle("\n".join(lines), fontsize=10, x=0.01, ha="left")
     found = {label: handle for ax in figure.axes for handle, label in zip(*ax.get_legend_handles_labels())}
-    figure.legend(found.values(), found.keys(), loc="outside lower center", ncol=4, fontsize=9, frameon=False)
+    if legend:
+        figure.legend(found.values(), found.keys(), loc="outside lower center", ncol=4, fontsize=9, frameon=False)
 
 
 def evals(table):
@@ -472,27 +510,38 @@ def compare(table, flag, metrics=("rollout/accuracy",), key=panel):
     axes[0, -1].set_title("final accuracy, 95 % interval", fontsize=9)
     for ax in axes[-1, :-1]:
         ax.set_xlabel("rollouts trained on", fontsize=9)
+    axes[-1, 0].set_xlabel("rollouts trained on\n(bands: ± s.d. over seeds)", fontsize=9)
     return figure
 
 
 # ----------------------------------------------------------------------------------------------------- one figure's file
 
 
+def count(text):
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is out of range; give 1 or more")
+    return int(text)
+
+
 def parse(doc):
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--run", action="store_true", help="start the runs that are missing, and make the table from them")
-    p.add_argument("--seeds", type=int, help="with --run: seeds 1 to this of each command [laptop 5, node 1]")
+    p.add_argument("--seeds", type=count, help="with --run: seeds 1 to this of each command [laptop 5, node 1]")
     p.add_argument(
-        "--jobs", type=int, default=1, help="with --run: runs at a time, which share the cores [%(default)s]"
+        "--jobs", type=count, default=1, help="with --run: runs at a time, which share the cores [%(default)s]"
     )
-    p.add_argument("--steps", type=int, help="with --run: rollouts of a run, in the place of what its command says")
+    p.add_argument("--steps", type=count, help="with --run: rollouts of a run, in the place of what its command says")
     text = "node: the same runs with the paper's settings, printed, or with --run started one by one on all GPUs"
     p.add_argument("--scale", choices=["laptop", "node"], default="laptop", help=text)
     p.add_argument("--runs", type=Path, default=ROOT / "runs", help="with --run: where the run folders are [runs]")
-    p.add_argument("--out", type=Path, help="folder of tables and pictures [plots/figures; with --run RUNS/figures]")
+    p.add_argument(
+        "--out",
+        type=Path,
+        help="folder of tables and pictures [plots/figures; with --run RUNS/figures, or RUNS/figures_STEPS]",
+    )
     args = p.parse_args()
     args.seeds = args.seeds or {"laptop": 5, "node": 1}[args.scale]
-    args.out = args.out or (args.runs / "figures" if args.run else FIGURES)
+    args.out = args.out or (args.runs / f"figures_{args.steps or ''}".strip("_") if args.run else FIGURES)
     return args
 
 
@@ -503,7 +552,7 @@ def commands_at(module, scale):
 
 def runs_of(modules, args):
     """-> [(command, seed, the command with all its flags)], each once, all of a seed before the next seed"""
-    more = f" --steps {args.steps}" * bool(args.steps) + f" --scale {args.scale}"
+    more = f" --steps {args.steps}" * bool(args.steps and args.run) + f" --scale {args.scale}"
     every = dict.fromkeys(c for module in modules for c in commands_at(module, args.scale))
     return [(c, seed, f"{c}{more} --seed {seed}") for seed in range(1, args.seeds + 1) for c in every]
 
@@ -522,28 +571,44 @@ def run(modules, args):
     for module in modules:
         mine = [(c, seed, out) for c, seed, _, out in found if c in commands_at(module, args.scale)]
         make = getattr(module, "collect", lambda mine, module=module: table_of(mine, module.METRICS))
-        rows = make(mine) if module in usual else module.run(args)
-        if rows:
-            write_table(args.out / f"{Path(module.__file__).stem}.csv", rows)
+        try:
+            write_table(table_path(module, args.out), make(mine) if module in usual else module.run(args))
+        except (OSError, ValueError, LookupError, subprocess.CalledProcessError) as error:  # of one figure, not of all
+            print(f"{module.__name__}: no table; {type(error).__name__}: {error}", file=sys.stderr)
+            failed += 1
     return failed
+
+
+def table_path(module, folder):
+    return folder / f"{Path(module.__file__).stem}.csv"
 
 
 def draw(module, out):
     """-> the picture of a figure, drawn from its table in the folder `out`"""
-    path = out / f"{Path(module.__file__).stem}.csv"
-    if not path.is_file():
-        raise SystemExit(f"{path}: is not there; make it with --run")
+    path = table_path(module, out)
     figure = module.draw(read_table(path))
     figure.savefig(path.with_suffix(".png"), dpi=100)
     plt.close(figure)
     return path.with_suffix(".png")
 
 
-def main(module):
-    args = parse(module.__doc__)
+def work(modules, args):
+    """What a figure's file and the whole study do; -> how many runs and figures failed"""
     if args.scale == "node" and not args.run:
-        print("\n".join(pasteable([module], args)))
-        return
-    failed = run([module], args) if args.run else 0
-    print(draw(module, args.out))
-    raise SystemExit(failed > 0)
+        print("\n".join(pasteable(modules, args)))
+        return 0
+    try:
+        failed = run(modules, args) if args.run else 0
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from here")
+    for module in modules:
+        if table_path(module, args.out).is_file():
+            print(draw(module, args.out))
+        else:
+            print(f"{table_path(module, args.out)}: is not there; make it with --run", file=sys.stderr)
+            failed += 1
+    return failed
+
+
+def main(module):
+    raise SystemExit(work([module], parse(module.__doc__)) > 0)

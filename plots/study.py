@@ -49,8 +49,9 @@ def claims(folder=runs.FIGURES):
 def markdown():
     """-> the lines of the README's table of takeaways"""
     lines = ["| | the paper | here, with 95 % interval | why it may differ |", "|---|---|---|---|"]
+    every = claims()
     for number, (text, why) in TAKEAWAYS.items():
-        mine = [(module, claim.sentence(table)) for n, module, claim, table in claims() if n == number]
+        mine = [(module, claim.sentence(table)) for n, module, claim, table in every if n == number]
         found = "<br>".join(f"{sentence} (figure {int(module.__name__[3:5])})" for module, sentence in mine)
         lines.append(f"| {number if number < 9 else ''} | {text} | {found} | {why} |")
     return lines
@@ -65,18 +66,15 @@ def told(module, folder=runs.FIGURES):
     if not path.is_file():
         return source
     rows = runs.read_table(path)
-    if module.CLAIMS:
-        table = runs.Table(rows)
-        seeds = max(len(seeds) for seeds in table.series.values())
-        found = ";\n".join(claim.sentence(table) for claim in module.CLAIMS) + f" ({seeds} seeds)."
-    else:
-        found = module.found(rows) + "."
+    sentences = [claim.sentence(runs.Table(rows)) for claim in module.CLAIMS]
+    sentences += [module.found(rows)] if hasattr(module, "found") else []
+    found = ";\n".join(sentences) + "."
     return f"{before}\nHere: {found}{after}"
 
 
 def overview(folder):
     """The effects on accuracy of all claims, by takeaway"""
-    found = [x for x in claims(folder) if x[0] and x[2].metric == runs.SCORE]
+    found = sorted((x for x in claims(folder) if x[0] and x[2].metric == runs.SCORE), key=lambda x: x[0])
     figure, axes = runs.grid(1, 1, height=0.27 * len(found))
     ax, names = axes[0, 0], []
     for y, (number, _, claim, table) in enumerate(found):
@@ -103,14 +101,9 @@ def overview(folder):
 
 def main():
     args = runs.parse(__doc__)
-    modules = figures()
-    if args.scale == "node" and not args.run:
-        print("\n".join(runs.pasteable(modules, args)))
-        return
-    failed = runs.run(modules, args) if args.run else 0
-    for module in modules:
-        print(runs.draw(module, args.out))
-    print(overview(args.out))
+    failed = runs.work(figures(), args)
+    if args.run or args.scale == "laptop":
+        print(overview(args.out))
     raise SystemExit(failed > 0)
 
 

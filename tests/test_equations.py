@@ -68,6 +68,13 @@ def test_batch_std_is_of_the_raw_rewards():  # of the group-centred ones it woul
     assert advantages(R, "group_mean_batch_std")[0, 0].item() == pytest.approx(0.25 / 0.53452, abs=1e-4)
 
 
+@pytest.mark.parametrize("norm", ["group_mean_group_std", "batch_mean_batch_std", "group_mean_batch_std"])
+def test_a_standard_deviation_undoes_the_scale_of_the_rewards(norm):
+    # (2 r - 1 - mean of it) / std of it = 2 (r - mean) / (2 std): rewards 1 and -1 have the advantages of 1 and 0, but for EPS
+    near(advantages(2 * R - 1, norm), advantages(R, norm), atol=1e-5)
+    assert (advantages(2 * R - 1, "none") - advantages(R, "none")).abs().max() == 1
+
+
 def test_a_lone_failure_weighs_less_under_batch_std():
     # four prompts of 8, solved 7, 1, 4 and 0 times; the failure in the first group is 0 - 7/8 = -0.875 off its mean.
     # group std: (7 (1/8)^2 + (7/8)^2) / 7 = 1/8, so 0.35355: -2.4749.  batch: 12 of 32 right, 32 (3/8)(5/8) / 31 = 0.24194,

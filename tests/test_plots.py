@@ -135,8 +135,19 @@ def test_node_prints_what_to_paste():
 
 
 def test_smooth_by_hand():
-    """0, 0, 1, 1 with a window of 3: means 0, 1/3, 2/3, 1; with factor 0.5 then 0, 1/6, 5/12, 17/24"""
-    assert np.allclose(runs.smooth([0, 0, 1, 1], window=3, factor=0.5), [0, 1 / 6, 5 / 12, 17 / 24])
+    """2, 0, 1, 1 with a window of 3: means 2, 1, 1, 2/3; with factor 0.5 then 2, 3/2, 5/4, 23/24"""
+    assert np.allclose(runs.smooth([2, 0, 1, 1], window=3, factor=0.5), [2, 3 / 2, 5 / 4, 23 / 24])
+
+
+def test_the_last_evaluations_and_the_change():
+    """Not that of the untrained model, where there are others; change: less that one, of other metrics less the first `count`"""
+    values = {"eval/x": {0: 0.2, 10: 0.6}, "y": {0: 1.0, 1: 3.0, 2: 8.0}}
+    rows = [{"command": "a.py", "seed": 1, "step": s} | {m: v.get(s) for m, v in values.items()} for s in (0, 1, 2, 10)]
+    t = runs.Table(rows)
+    assert t.last("a.py", "eval/x", 2) == {1: pytest.approx(0.6)} and t.last("a.py", "y", 2) == {1: pytest.approx(5.5)}
+    assert t.last("a.py", "eval/x", 2, change=True) == {1: pytest.approx(0.4)}
+    assert t.last("a.py", "y", 2, change=True) == {1: pytest.approx(3.5)}
+    assert runs.Table(rows[:1]).last("a.py", "eval/x", 2) == {1: pytest.approx(0.2)}
 
 
 def test_iqm_by_hand():
@@ -171,6 +182,15 @@ def table(ends):
     return runs.Table(rows)
 
 
+def t_rows(t):
+    """A table's rows again"""
+    made = [{"command": c, "seed": 1, "step": None} for c in t.commands if not t.series[c]]
+    for command, seeds in t.series.items():
+        for seed, one in seeds.items():
+            made += [{"command": command, "seed": seed, "step": s, runs.SCORE: v} for s, v in zip(*one[runs.SCORE])]
+    return made
+
+
 def test_claims():
     """The differences are taken seed by seed and averaged over the panels; what is not comparable takes no part."""
     group, batch = "lite_ppo.py --norm group_mean_group_std", "lite_ppo.py --norm batch_mean_batch_std"
@@ -192,17 +212,34 @@ def test_claims():
     )
     worse = {"flag": "norm", "better": claim.worse, "worse": claim.better, "where": {"data": "easy"}}
     assert runs.Claim("", **worse).verdict(t) == "opposite"
-    assert runs.Claim("", **worse, gain=False).verdict(t) == "seen"
-    assert runs.Claim("", "norm", claim.better, claim.worse, {"data": "easy"}, gain=False).verdict(t) == "opposite"
+    assert runs.Claim("", **worse, expect="no more").verdict(t) == "seen"
+    assert runs.Claim("", **worse, expect="the same").verdict(t) == "opposite"
+    assert (
+        runs.Claim("", "norm", claim.better, claim.worse, {"data": "easy"}, expect="no more").verdict(t) == "opposite"
+    )
+    assert (
+        runs.Claim("", "norm", claim.better, claim.worse, {"data": "hard"}, expect="the same", small=0.2).verdict(t)
+        == "seen"
+    )
+    missing = runs.Table([*t_rows(t), {"command": f"{group} --data medium", "seed": 1, "step": None}])
+    assert claim.verdict(missing) != "open"  # nothing to compare it with
+    missing = runs.Table([*t_rows(missing), {"command": f"{batch} --data medium", "seed": 1, "step": None}])
+    assert claim.verdict(missing) == "open"  # a panel that should be there is not
     few = table({command: scores[:4] for command, scores in ends.items()})
     assert easy.verdict(few) == "open" and easy.sentence(few) == "better: open, +0.125 in 4 seeds"
     assert runs.Claim("", "norm", "none", claim.better).verdict(t) == "open"
 
 
 def test_every_claim_finds_its_pairs():
+    """At both scales; and each is between runs of one panel"""
     for module in USUAL:
-        every = runs.Table([{"command": c, "seed": 1, "step": 0} for c in runs.commands(module)])
-        assert all(claim.pairs(every) for claim in module.CLAIMS), module
+        for scale in ("laptop", "node"):
+            every = runs.Table([{"command": c, "seed": 1, "step": 0} for c in runs.commands_at(module, scale)])
+            for claim in module.CLAIMS:
+                pairs = claim.pairs(every)
+                assert pairs, (module, scale, claim)
+                same = {"kind", "model", "size"} if claim.flag != "kind" else {"data"}
+                assert all(runs.flags(a)[k] == runs.flags(b)[k] for a, b in pairs for k in same - {claim.flag}), claim
 
 
 # ------------------------------------------------------------------------------------------------------------- starting
@@ -255,6 +292,17 @@ def test_jobs_run_side_by_side_and_end_with_the_program(tmp_path):
     assert not left.strip()
 
 
+def test_a_run_that_another_command_has_started_is_left_alone(tmp_path, capfd):
+    (tmp_path / "fake.py").write_text(FAKE)
+    launcher = (sys.executable, str(tmp_path / "fake.py"))
+    process = runs.start("x.py --sleep 60", tmp_path / "a", launcher, 0, 1)
+    assert runs.launch([("x.py", tmp_path / "a"), ("x.py", tmp_path / "b")], 2, launcher) == 0
+    assert runs.finished(tmp_path / "b") and not runs.finished(tmp_path / "a")
+    assert "a: left out; another command is running it" in capfd.readouterr().err
+    process.kill()
+    process.wait()
+
+
 def test_jobs_share_the_cores():
     before = os.sched_getaffinity(0)
     with runs.share_of_cores(0, 2):
@@ -291,13 +339,24 @@ def test_real_runs_become_a_figure(tmp_path):
     assert done.returncode == 0, done.stderr
     assert len(first) == 1 and len(list(tmp_path.glob("*/result.json"))) == 2
     assert all(path.stat().st_mtime_ns == then for path, then in first.items())  # they were not run again
-    rows = runs.read_table(tmp_path / "figures" / "fig10_clipped_tokens.csv")
+    rows = runs.read_table(tmp_path / "figures_2" / "fig10_clipped_tokens.csv")
     assert {row["command"] for row in rows} == set(runs.commands(sys.modules["fig10_clipped_tokens"]))
     assert sum(row["count"] or 0 for row in rows if row["kind"] == "low") > 10  # of real runs
-    assert (tmp_path / "figures" / "fig10_clipped_tokens.png").stat().st_size > 10_000
+    assert (tmp_path / "figures_2" / "fig10_clipped_tokens.png").stat().st_size > 10_000
 
 
 # -------------------------------------------------------------------------------------------------------------- reading
+
+
+def assert_drawn(figure, module):
+    """Every axis shows numbers: a line, a bar, or of figure 10 the words of a response"""
+    for ax in figure.axes:
+        lines = [
+            line
+            for line in ax.lines
+            if len(line.get_xdata()) and np.isfinite(np.asarray(line.get_ydata(), float)).any()
+        ]
+        assert lines or any(bar.get_width() and bar.get_height() for bar in ax.patches) or len(ax.texts) > 10, module
 
 
 @pytest.mark.parametrize("module", USUAL, ids=id_of)
@@ -310,9 +369,10 @@ def test_a_figure_from_run_folders(module, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "launch", lambda *_: 0)
         assert runs.run([module], args) == 0
+    rows = runs.read_table(args.out / f"{module.__name__}.csv")
+    assert set(runs.Table(rows).commands) == set(runs.commands(module))
+    assert_drawn(module.draw(rows), module)
     assert runs.draw(module, args.out).stat().st_size > 10_000
-    table = runs.Table(runs.read_table(args.out / f"{module.__name__}.csv"))
-    assert set(table.commands) == set(runs.commands(module))
 
 
 def test_what_cannot_be_read_is_told_in_a_line_and_the_rest_is_drawn(tmp_path, capsys):
@@ -346,10 +406,53 @@ def test_what_cannot_be_read_is_told_in_a_line_and_the_rest_is_drawn(tmp_path, c
     )
     assert told[old] == ["has no rollout/response_len; it is of another version, or logged less"] and len(lines) == 5
     rows = runs.read_table(args.out / "fig03_dynamics.csv")
-    assert len({row["command"] for row in rows}) == 2
+    assert len({row["command"] for row in rows if row["step"] is not None}) == 2
     runs.draw(module, args.out)
     curves.draw(folders, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("name", ["fig09_token_prob", "fig10_clipped_tokens", "fig14_repeat_ratio"])
+def test_figures_of_tokens_from_runs_that_logged_none(name, tmp_path, capsys):
+    """One run of --log_tokens off, one without the files, one cut short: they are told, the others are drawn"""
+    module, args = sys.modules[name], settings(tmp_path, seeds=2)
+    folders = [fake_run(args.runs / runs.name(full)) for _, _, full in runs.runs_of([module], args)]
+    for file in ("clipped.jsonl", "tokens.jsonl"):
+        (folders[0] / file).write_text("")
+        (folders[1] / file).unlink()
+        (folders[-1] / file).write_text('{"step": 0, "lo')
+    rows = [json.loads(line) for line in (folders[0] / "metrics.jsonl").read_text().splitlines()]
+    rows = [{k: v for k, v in row.items() if not k.startswith(("rollout/prob", "rollout/repeat"))} for row in rows]
+    (folders[0] / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "launch", lambda *_: 0)
+        assert runs.run([module], args) == 0
+    assert runs.draw(module, args.out).stat().st_size > 10_000
+    assert str(folders[0 if name != "fig10_clipped_tokens" else -1]) in capsys.readouterr().err
+
+
+def test_a_figure_that_fails_does_not_take_the_others_with_it(tmp_path, capsys):
+    good, bad, args = sys.modules["fig06_std_scope"], sys.modules["fig05_std"], settings(tmp_path, seeds=1)
+    for _, _, full in runs.runs_of([good, bad], args):
+        if not (args.runs / runs.name(full)).exists():
+            fake_run(args.runs / runs.name(full))
+    args.run = True
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "launch", lambda *_: 0)
+        patch.setattr(bad, "collect", lambda mine: [][0], raising=False)
+        assert runs.work([bad, good], args) == 2  # its table and its picture
+    assert "fig05_std: no table; IndexError" in capsys.readouterr().err
+    assert (args.out / "fig06_std_scope.png").is_file()
+
+
+@pytest.mark.parametrize(
+    "flags, said", [(["--jobs", "0"], "--jobs: 0 is out of range"), (["--seeds", "-1"], "--seeds: -1 is")]
+)
+def test_wrong_numbers(flags, said):
+    done = subprocess.run(
+        [sys.executable, "plots/fig06_std_scope.py", "--run", *flags], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and said in done.stderr
 
 
 def test_a_table_is_read_as_it_was_written(tmp_path):
