@@ -85,17 +85,17 @@ def draw(rows):
 
 def top(ax, rows):
     """The tokens that the upper bound cut most often, with what the lower one cut of them behind"""
-    counts = Counter()
+    counts, seeds = Counter(), {r["seed"] for r in rows if r["kind"] == "run"}
     for r in rows:
         if r["kind"] == "high":
-            counts[r["token"]] += r["count"]
+            counts[r["token"]] += r["count"] / len(seeds)
     names, values = zip(*counts.most_common(TOP)) if counts else ((), ())
     kinds = ["connective" if n in CONNECTIVES else "function word" if n in FUNCTION else "other" for n in names]
     for kind, (colour, hatch) in KINDS.items():
         of = [k for k, found in enumerate(kinds) if found == kind]
         ax.bar(of, [values[k] for k in of], color=colour, hatch=hatch, edgecolor="white", label=kind)
     ax.set_xticks(range(len(names)), names, rotation=90, parse_math=False)
-    ax.set_ylabel("cut by the upper bound (times)", fontsize=9)
+    ax.set_ylabel("cut by the upper bound (times a run)", fontsize=9)
 
 
 def show(ax, rows):
