@@ -257,17 +257,8 @@ def smooth(values, window=11, factor=0.8):
     return np.array(smoothed)
 
 
-T975 = (
-    12.71,
-    4.30,
-    3.18,
-    2.78,
-    2.57,
-    2.45,
-    2.36,
-    2.31,
-    2.26,
-)  # quantile .975 of Student's t with 1 to 9 degrees of freedom
+# quantile .975 of Student's t with 1, 2, ... 9 degrees of freedom
+T975 = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]
 
 
 def interval(values, draws=20_000):
@@ -526,7 +517,9 @@ def count(text):
 def parse(doc):
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--run", action="store_true", help="start the runs that are missing, and make the table from them")
-    p.add_argument("--seeds", type=count, help="with --run: seeds 1 to this of each command [laptop 5, node 1]")
+    p.add_argument(
+        "--seeds", type=count, help="how many of each command: 1, 2, ... on a laptop [5], 42, 43, ... on a node [1]"
+    )
     p.add_argument(
         "--jobs", type=count, default=1, help="with --run: runs at a time, which share the cores [%(default)s]"
     )
@@ -554,7 +547,8 @@ def runs_of(modules, args):
     """-> [(command, seed, the command with all its flags)], each once, all of a seed before the next seed"""
     more = f" --steps {args.steps}" * bool(args.steps and args.run) + f" --scale {args.scale}"
     every = dict.fromkeys(c for module in modules for c in commands_at(module, args.scale))
-    return [(c, seed, f"{c}{more} --seed {seed}") for seed in range(1, args.seeds + 1) for c in every]
+    first = {"laptop": 1, "node": 42}[args.scale]  # the paper's seed
+    return [(c, seed, f"{c}{more} --seed {seed}") for seed in range(first, first + args.seeds) for c in every]
 
 
 def pasteable(modules, args):
