@@ -3,7 +3,8 @@
 Question: how large is the standard deviation of a batch's rewards, and what happens without the division by it?
 Paper: on easy data it is small and the division harms; on hard data it stays large and makes no difference (takeaway 2).
 
-Here: not run yet.
+Here: on easy data it is better without std: open, +0.011 in 2 seeds;
+on hard data it is the same without std: open, -0.006 in 2 seeds.
 
 Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node shows the paper's:
 
