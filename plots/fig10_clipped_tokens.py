@@ -13,6 +13,7 @@ Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node sho
     accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --model data/tiny/aligned --data medium --clip_high 0.28 --minibatches 16 --lr 2e-4 --steps 40 --eval_every 10
 """
 
+import math
 import sys
 from collections import Counter
 
@@ -28,7 +29,7 @@ CLAIMS = [
     ),
 ]
 TOP = 20
-COLOURS = {"low": "#A8D8F5", "high": "#F2A36B"}  # of a token by the bound that cut it
+FELL, ROSE = "#0072B2", "#D55E00"  # the ratio of a token is below, above 1
 KINDS = {"connective": ("#D55E00", "//"), "function word": ("#56B4E9", ".."), "other": ("#999999", "")}
 WIDTH, LINES = 64, 6  # characters in a line, lines that are shown
 
@@ -72,7 +73,7 @@ def collect(found):
 def draw(rows):
     table = runs.Table(rows)
     named = [c for c in table.commands if runs.flags(c)["size"] == runs.flags(table.commands[0])["size"]]
-    figure, axes = runs.grid(2, len(named), height=3)
+    figure, axes = runs.grid(2, len(named), height=2.5)
     for ax in axes[0, 1:]:
         ax.sharey(axes[0, 0])
     for column, command in zip(axes.T, named):
@@ -100,9 +101,9 @@ def top(ax, rows):
 
 
 def show(ax, rows):
-    """A response, token by token; what a bound cut is coloured, with its ratio above"""
+    """A response, token by token, shaded by its ratio; what a bound cut is framed, with its ratio above"""
     ax.axis("off")
-    ax.set_title("blue: cut by the lower bound, orange: by the upper; above it the ratio", fontsize=8, loc="left")
+    ax.set_title("shade: ratio below 1 blue, above 1 orange; frame: cut by a bound", fontsize=8, loc="left")
     column = line = 0
     for k, r in enumerate(rows):
         text, bound = r["token"].replace("\n", " "), r["kind"].removeprefix("shown").strip()
@@ -112,9 +113,16 @@ def show(ax, rows):
             ax.text(0, 0.95 - 0.16 * line, f"... {len(rows) - k} more tokens", fontsize=7.5, va="top")
             break
         at = {"x": column / WIDTH, "y": 0.95 - 0.16 * line, "family": "monospace", "va": "top", "parse_math": False}
-        ax.text(s=text, fontsize=7.5, bbox={"fc": COLOURS[bound], "ec": "none", "pad": 0.5} if bound else None, **at)
+        shade = min(0.7, abs(math.log(max(r["ratio"], 1e-3))))
+        box = {
+            "fc": (ROSE if r["ratio"] > 1 else FELL, shade),
+            "ec": "black" if bound else "none",
+            "lw": 0.8,
+            "pad": 0.5,
+        }
+        ax.text(s=text, fontsize=7.5, bbox=box, **at)
         if bound:
-            ax.text(s=f"{r['ratio']:.1f}", fontsize=5.5, **at | {"y": at["y"] + 0.055})
+            ax.text(s=f"{r['ratio']:.1f}", fontsize=5.5, **at | {"y": at["y"] + 0.06})
         column += len(text)
 
 

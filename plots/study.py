@@ -82,14 +82,15 @@ def overview(folder):
     figure, axes = runs.grid(1, 1, height=0.27 * len(found))
     ax, names = axes[0, 0], []
     for y, (number, _, claim, table) in enumerate(found):
-        mean, low, high, _ = claim.effect(table)
+        mean, low, high, n = claim.effect(table)
         colour = {"seen": "#0072B2", "opposite": "#D55E00", "not seen": "#999999", "open": "#CCCCCC"}[
             claim.verdict(table)
         ]
         mark = {"seen": "o", "opposite": "X", "not seen": "s", "open": "."}[claim.verdict(table)]
-        ax.plot([low, high], [y, y], color=colour, lw=2)
+        if n >= runs.ENOUGH:
+            ax.plot([low, high], [y, y], color=colour, lw=2)
         ax.plot(mean, y, mark, color=colour, label=claim.verdict(table))
-        names.append(f"{number if number < 9 else 'Lite PPO'}: {claim.text}")
+        names.append(f"{number}: {claim.text}" if number < 9 else claim.text)
     ax.axvline(0, color="black", lw=0.8)
     ax.set_yticks(range(len(names)), names)
     ax.invert_yaxis()
