@@ -18,7 +18,6 @@ import sys
 from pathlib import Path
 
 import difficulty
-
 import runs
 
 SIZES = ("4B", "8B")

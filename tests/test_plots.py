@@ -11,15 +11,15 @@ import sys
 import time
 from argparse import Namespace
 
-import curves
 import numpy as np
 import pytest
-import report
-import study
 from conftest import ROOT
 
 import common
+import curves
+import report
 import runs
+import study
 
 FIGURES = study.figures()
 USUAL = [module for module in FIGURES if not hasattr(module, "run")]  # all but figure 2, which trains nothing

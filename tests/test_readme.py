@@ -19,7 +19,6 @@ sys.path[:0] = [
 ]  # when it is run as a program
 
 import pytest
-import study
 import torch
 from conftest import ROOT, SCRIPTS, SHARED, load_module, make_parser
 from test_bugs import PATCHES, head
@@ -31,6 +30,7 @@ import common
 import dapo
 import lite_ppo
 import plan
+import study
 
 README = ROOT / "README.md"
 
