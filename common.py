@@ -548,9 +548,10 @@ class Log:
     def sampled_tokens(self, logp):
         """How likely the tokens of a rollout were. logp: of all of them, as they were sampled"""
         self.mean("rollout/entropy", -logp)
-        found = torch.bucketize(logp.exp(), torch.tensor(PROBABILITIES[1:]), right=True)
-        for i, low in enumerate(PROBABILITIES):
-            self.mean(f"rollout/prob_{100 * low:.0f}", found == i)
+        bins = torch.bucketize(logp.exp(), torch.tensor(PROBABILITIES[1:]), right=True)
+        shares = bins.bincount(minlength=len(PROBABILITIES)) / len(logp)
+        for low, share in zip(PROBABILITIES, shares):
+            self.mean(f"rollout/prob_{100 * low:.0f}", share)
 
     def trained_tokens(self, batch, pack, ratio, entropy, adv, low, high):
         """Counts the tokens that the lower and the upper bound cut, and keeps the last pack, to show some of its responses.

@@ -22,6 +22,9 @@ SIZES = "4B", "8B"
 METRICS = ["reward/std"]
 CLAIMS = [
     runs.Claim(
+        "the rewards vary less on easy data at the end (std)", "data", "hard", "easy", {}, "reward/std", 5, takeaway=2
+    ),
+    runs.Claim(
         "on easy data it is better without std",
         "norm",
         "batch_mean",
