@@ -5,8 +5,8 @@ Paper: aligned models gain; base models do not, or are harmed (takeaway 4).
 (The clip figures take 16 updates a rollout at twice the learning rate: the upper bound of 0.20 then cuts 14 of 10,000 tokens, both
 bounds 60, where the paper has 30. With 8 updates at 1e-4 it cuts 1, and all bounds give nearly one run.)
 
-Here: 0.28 helps the aligned model: open, +0.002 in 2 seeds;
-0.28 does not help the base model: open, -0.077 in 2 seeds.
+Here: 0.28 helps the aligned model: open, -0.006 in 3 seeds;
+0.28 does not help the base model: open, -0.039 in 3 seeds.
 
 Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node shows the paper's:
 

@@ -7,8 +7,8 @@ Paper: in aligned models far fewer tokens are near certain, and fewer under 0.28
 bounds 60, where the paper has 30. With 8 updates at 1e-4 it cuts 1, and all bounds give nearly one run.
 The probabilities are those of sampling: on a node of what top_p and top_k leave.)
 
-Here: base has more near-certain tokens: open, -0.024 in 2 seeds;
-0.28 leaves fewer of them: open, +0.011 in 2 seeds.
+Here: base has more near-certain tokens: open, -0.022 in 3 seeds;
+0.28 leaves fewer of them: open, +0.008 in 3 seeds.
 
 Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node shows the paper's:
 

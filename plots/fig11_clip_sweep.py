@@ -5,10 +5,10 @@ Paper: at 4B up to 0.32, the best; at 8B there is no order, and 0.28 is the best
 (The clip figures take 16 updates a rollout at twice the learning rate: the upper bound of 0.20 then cuts 14 of 10,000 tokens, both
 bounds 60, where the paper has 30. With 8 updates at 1e-4 it cuts 1, and all bounds give nearly one run.)
 
-Here: 0.24 beats 0.20: open, +0.004 in 2 seeds;
-0.28 beats 0.24: open, -0.010 in 2 seeds;
-0.32 beats 0.28: open, +0.022 in 2 seeds;
-0.32 beats 0.20: open, +0.016 in 2 seeds.
+Here: 0.24 beats 0.20: open, +0.001 in 3 seeds;
+0.28 beats 0.24: open, -0.003 in 3 seeds;
+0.32 beats 0.28: open, +0.026 in 3 seeds;
+0.32 beats 0.20: open, +0.024 in 3 seeds.
 
 Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node shows the paper's:
 

@@ -4,11 +4,11 @@ Question: with limits of 8, 16 and 20 thousand tokens, is it better to leave tru
 Paper: at 8 thousand yes, and responses get shorter; at 20 thousand hardly, and they get longer (takeaway 8).
 (Here 56, 72 and 128 tokens: the first cuts a quarter of the right solutions of hard problems, the last only what never ends.)
 
-Here: under the short limit the filter helps the base model: open, +0.014 in 2 seeds;
-under the short limit it helps the aligned model: open, -0.028 in 2 seeds;
-under the long limit it does not help the base model: open, +0.009 in 2 seeds;
-base, short limit: shorter with it (tokens): open, +1.037 in 2 seeds;
-base, long limit: longer with it (tokens): open, +2.445 in 2 seeds.
+Here: under the short limit the filter helps the base model: open, +0.009 in 3 seeds;
+under the short limit it helps the aligned model: open, -0.027 in 3 seeds;
+under the long limit it does not help the base model: open, -0.001 in 3 seeds;
+base, short limit: shorter with it (tokens): open, +0.552 in 3 seeds;
+base, long limit: longer with it (tokens): open, +4.336 in 3 seeds.
 
 Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node shows the paper's:
 

@@ -3,8 +3,8 @@
 Question: do group mean, batch std and token mean, without a KL, beat GRPO and DAPO's five tricks from a base model?
 Paper: yes; Lite PPO rises steadily where the others peak and collapse.
 
-Here: Lite PPO beats GRPO: open, -0.010 in 2 seeds;
-Lite PPO beats DAPO: open, -0.035 in 2 seeds.
+Here: Lite PPO beats GRPO: open, -0.005 in 3 seeds;
+Lite PPO beats DAPO: open, -0.022 in 3 seeds.
 
 Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node shows the paper's:
 
