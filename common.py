@@ -522,6 +522,7 @@ class Log:
         self.tokens = sum(len(r.ids) for r in batch)
         self.mean("rollout/response_len", [len(r.ids) for r in batch])
         self.mean("rollout/truncated", [r.truncated for r in batch])
+        self.mean("rollout/truncated_right", [r.truncated and g.correct for r, g in zip(batch, grades)])
         self.mean("rollout/accuracy", solved)
         if truncated:
             loops = spread(lambda some: [rewards.repeats(r.ids) for r in some], truncated)

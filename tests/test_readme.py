@@ -47,7 +47,7 @@ PAPERS = {
 }
 
 METRICS = {  # every name that is logged, each once
-    "rollout/response_len, truncated": "tokens; share cut at `--max_response_len`",
+    "rollout/response_len, truncated, truncated_right": "tokens; share cut at `--max_response_len`; share cut there and right all the same",
     "rollout/accuracy": "share of the sampled responses that are right, whatever the rewards",
     "rollout/repeat_ratio, repeat_ratio_right, repeat_ratio_wrong": "of the truncated, of those with a right and with a wrong answer: "
     "share that ends in a loop",

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 
 import pytest
 import torch
@@ -101,6 +102,23 @@ def test_what_is_logged_of_the_tokens(finished):
         assert len(row["tokens"]) == len(row["ratio"]) == len(row["entropy"]) and row["tokens"][-1] == "<|end|>"
         assert all((row["ratio"][i] < 0.8) & (row["adv"] < 0) for i in row["low"])
         assert all((row["ratio"][i] > 1.2) & (row["adv"] > 0) for i in row["high"])
+
+
+def test_what_is_logged_of_the_truncated(tmp_path):
+    """Four responses are cut at the limit: a right one that loops, a wrong one that loops, two wrong ones that do not"""
+    log = common.Log(Namespace(out=tmp_path, steps=1, log_tokens="off"), 0, {}, None, None)
+    loop, plain = torch.tensor([7, 8] * 40), torch.arange(80)
+    what = [(loop, True, True), (loop, True, False), (plain, True, False), (plain, True, False), (plain, False, True)]
+    batch = [engines.Response({}, ids, torch.zeros(80), truncated, "") for ids, truncated, _ in what]
+    grades = [rewards.Grade(correct) for *_, correct in what]
+    log.lap("generate")
+    log.rollout(batch, grades, torch.zeros(1, 5), torch.zeros(1, 5))
+    log.lap("update")
+    log.write(0)
+    row = json.loads((tmp_path / "metrics.jsonl").read_text())
+    expected = {"truncated": 4 / 5, "truncated_right": 1 / 5, "repeat_ratio": 2 / 4}
+    expected |= {"repeat_ratio_right": 1, "repeat_ratio_wrong": 1 / 3}
+    assert {name: row[f"rollout/{name}"] for name in expected} == pytest.approx(expected)
 
 
 def test_the_log_of_tokens_can_be_left_out_and_costs_little(monkeypatch, tmp_path):
