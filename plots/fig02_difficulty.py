@@ -1,7 +1,7 @@
 """Figure 2: how hard are the three tiers of problems?
 
 Question: of 8 responses to each problem, how many are right?
-Paper: easy problems are mostly solved, medium ones about half of the times, hard ones seldom.
+Paper: the tiers differ as their names say; the counts cannot be read off its picture.
 (The paper rates its tiers with GPT-4o and does not name the model of this figure; these are the models that training starts from.)
 
 Here: Right responses: base: easy 57%, medium 39%, hard 18%;

@@ -48,6 +48,10 @@ CLAIMS = [
 def draw(rows):
     table = runs.Table(rows)
     figure = runs.compare(table, "norm", METRICS)
+    left = figure.axes[::3]  # easy and hard on one scale
+    low, high = zip(*(ax.get_ylim() for ax in left))
+    for ax in left:
+        ax.set_ylim(min(low), max(high))
     runs.entitle(figure, table, "With and without the standard deviation (batch mean)", CLAIMS)
     return figure
 

@@ -2,8 +2,7 @@
 
 Question: an upper clip of 0.28 against 0.20, base and aligned models: which ends higher?
 Paper: aligned models gain; base models do not, or are harmed (takeaway 4).
-(The clip figures take 16 updates a rollout at twice the learning rate: the upper bound of 0.20 then cuts 14 of 10,000 tokens, both
-bounds 60, where the paper has 30. With 8 updates at 1e-4 it cuts 1, and all bounds give nearly one run.)
+(The clip figures take 16 updates a rollout at 2e-4, where the bounds cut enough to matter, and training is unstable: LOG.md.)
 
 Here: 0.28 helps the aligned model: open, -0.006 in 3 seeds;
 0.28 does not help the base model: open, -0.039 in 3 seeds.

@@ -3,8 +3,7 @@
 Question: what share of the sampled tokens had a probability of 0.99 or more, 0.95 to 0.99, ...; base and aligned, upper clip 0.20 and 0.28?
 Paper: in aligned models far fewer tokens are near certain, and fewer under 0.28, so that there is more for Clip-Higher to act on.
 (Over all rollouts of a run; the paper says "initial stage".)
-(The clip figures take 16 updates a rollout at twice the learning rate: the upper bound of 0.20 then cuts 14 of 10,000 tokens, both
-bounds 60, where the paper has 30. With 8 updates at 1e-4 it cuts 1, and all bounds give nearly one run.
+(The clip figures take 16 updates a rollout at 2e-4, where the bounds cut enough to matter, and training is unstable: LOG.md.
 The probabilities are those of sampling: on a node of what top_p and top_k leave.)
 
 Here: base has more near-certain tokens: open, -0.022 in 3 seeds;

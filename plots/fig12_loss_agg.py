@@ -2,6 +2,7 @@
 
 Question: the loss as a mean over tokens or over responses, base and aligned models, medium and hard data.
 Paper: tokens for base models, most of all on hard data; responses for aligned ones, in most sets (takeaway 7).
+(Figure 17 of the appendix is the same for another base model, which it does not name.)
 
 Here: token mean is better for the base model: open, -0.022 in 3 seeds;
 sequence mean is better for the aligned model: open, +0.013 in 3 seeds.

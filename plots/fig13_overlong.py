@@ -2,7 +2,8 @@
 
 Question: with limits of 8, 16 and 20 thousand tokens, is it better to leave truncated responses out?
 Paper: at 8 thousand yes, and responses get shorter; at 20 thousand hardly, and they get longer (takeaway 8).
-(Here 56, 72 and 128 tokens: the first cuts a quarter of the right solutions of hard problems, the last only what never ends.)
+(Here 56, 72 and 128 tokens: the first cuts a quarter of the right solutions of hard problems, and more of the aligned model's, which
+are longer; the last only what never ends. The evaluation has the limit of the training. The paper does not name its data: hard here.)
 
 Here: under the short limit the filter helps the base model: open, +0.009 in 3 seeds;
 under the short limit it helps the aligned model: open, -0.027 in 3 seeds;

@@ -4,80 +4,112 @@ Question: of the truncated responses with a right and with a wrong answer, what 
 with and without the overlong filter?
 Paper: more at the longer limit and among the wrong ones; without the filter the share rises, with it it falls (appendix B.1).
 (What a loop is: rewards.repeats. The limits are those of figure 13, 56 and 128 tokens for 8 and 20 thousand. The paper's filter is
-shown on an aligned model; ours never loops, so that it is the base model at the long limit here.)
+shown on an aligned model, beside which stands a base model at the long limit here, as our aligned one never loops. Shares are of all
+truncated responses of all seeds; those of a curve are of the 11 rollouts before, smoothed.)
 
-Here: more loops at the long limit: open, +0.589 in 3 seeds;
-the filter lowers them: open, +0.061 in 3 seeds;
-of the truncated at the long limit 98% of the right and 59% of the wrong answers loop.
+Here: more loops of wrong answers at the long limit, base model: open, no runs;
+the filter lowers them, base model, long limit: open, no runs;
+the filter lowers them, aligned model, short limit: open, no runs;
+base, hard, long limit, all responses: 0.00% of the responses are cut with a right answer, and 0% of these loop; 0.00% of the responses are cut with a wrong answer, and 0% of these loop;
+base, hard, long limit, overlong filter: 0.00% of the responses are cut with a right answer, and 0% of these loop; 0.00% of the responses are cut with a wrong answer, and 0% of these loop.
 
 Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node shows the paper's:
 
     accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --data hard --max_response_len 56 --eval_max_response_len 56 --minibatches 8 --steps 40 --eval_every 10
     accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --data hard --max_response_len 128 --eval_max_response_len 128 --minibatches 8 --steps 40 --eval_every 10
     accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --data hard --max_response_len 128 --eval_max_response_len 128 --overlong filter --minibatches 8 --steps 40 --eval_every 10
+    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --model data/tiny/aligned --data hard --max_response_len 56 --eval_max_response_len 56 --minibatches 8 --steps 40 --eval_every 10
+    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --model data/tiny/aligned --data hard --max_response_len 56 --eval_max_response_len 56 --overlong filter --minibatches 8 --steps 40 --eval_every 10
 """
 
 import sys
 
+import numpy as np
+
 import runs
 
 SIZES = ("8B",)
-METRICS = ["rollout/repeat_ratio_right", "rollout/repeat_ratio_wrong"]
-WRONG = "rollout/repeat_ratio_wrong"
+KEEP, LONG = {"kind": "base", "overlong": "keep"}, {"kind": "base", "limit": "long"}
+ALIGNED = {"kind": "aligned", "limit": "short"}
+WRONG = "loops of wrong"  # of a run's truncated responses with a wrong answer, the share that loops
 CLAIMS = [
-    runs.Claim("more loops at the long limit", "limit", "long", "short", {"overlong": "keep"}, WRONG, 500),
-    runs.Claim("the filter lowers them", "overlong", "keep", "filter", {"limit": "long"}, WRONG, 500),
+    runs.Claim("more loops of wrong answers at the long limit, base model", "limit", "long", "short", KEEP, WRONG),
+    runs.Claim("the filter lowers them, base model, long limit", "overlong", "keep", "filter", LONG, WRONG),
+    runs.Claim("the filter lowers them, aligned model, short limit", "overlong", "keep", "filter", ALIGNED, WRONG),
 ]
 
 
-def shares(table, command, which):
-    """-> steps, share of loops among the truncated: mean over the seeds that had any at this step, smoothed"""
-    found = {}
-    for one in table.series[command].values():
-        for step, value in zip(*one.get(f"rollout/repeat_ratio_{which}", ((), ()))):
-            found.setdefault(step, []).append(value)
-    steps = sorted(found)
-    return steps, runs.smooth([sum(found[s]) / len(found[s]) for s in steps])
+def collect(found):
+    """-> a row a step: of all responses the share that is cut, and that is cut and loops, with a right and with a wrong answer. The
+    first of a run has the run's loops of wrong. found: [(command, seed, folder)]
+    """
+    names = [f"rollout/{name}" for name in ("truncated", "truncated_right", "repeat_ratio_right", "repeat_ratio_wrong")]
+    first, rows = {}, []
+    for r in runs.table_of(found, names):
+        cut, right, *ratios = (r.get(name) for name in names)
+        row = {k: r[k] for k in ("command", "seed", "step")}
+        row |= dict.fromkeys(("cut right", "loops right", "cut wrong", "loops wrong", WRONG))
+        rows.append(row)
+        if None in (cut, right):  # a run that is missing, or is of another version; the evaluation after the last step
+            continue
+        for which, share, ratio in zip(("right", "wrong"), (right, cut - right), ratios):
+            row |= {f"cut {which}": share, f"loops {which}": share * (ratio or 0)}
+        first.setdefault((r["command"], r["seed"]), []).append(row)
+    for mine in first.values():
+        if cut := sum(row["cut wrong"] for row in mine):
+            mine[0][WRONG] = sum(row["loops wrong"] for row in mine) / cut
+    return rows
 
 
 def lines(ax, table, command, name, colour):
     for which, dashes in (("right", "-"), ("wrong", "--")):
-        ax.plot(*shares(table, command, which), color=colour, linestyle=dashes, label=f"{name}, {which} answer")
+        cut, loops = (table.curves(command, f"{what} {which}") for what in ("cut", "loops"))
+        if len(cut[0]):
+            below, above = (runs.smooth(values.sum(0)) for _, values in (cut, loops))
+            share = np.divide(above, below, out=np.full_like(above, np.nan), where=below > 0)
+            ax.plot(cut[0], share, color=colour, linestyle=dashes, label=f"{name}, {which} answer")
 
 
 def found(rows):
-    """The third finding, of right against wrong answers, from all steps and seeds of the long limit without the filter"""
-    table, means = runs.Table(rows), {}
-    long = [c for c in table.commands if runs.flags(c)["limit"] == "long" and runs.flags(c)["overlong"] == "keep"]
-    for which in ("right", "wrong"):
-        values = [v for c in long for v in table.last(c, f"rollout/repeat_ratio_{which}", 500).values()]
-        means[which] = sum(values) / len(values) if values else float("nan")
-    return (
-        "of the truncated at the long limit {right:.0%} of the right and {wrong:.0%} of the wrong answers loop".format(
-            **means
-        )
-    )
+    """Of all responses at the long limit, what was cut, and of that what looped"""
+    table, parts = runs.Table(rows), []
+    for command in table.commands:
+        f = runs.flags(command)
+        if f["limit"] == "long":
+            parts.append(f"{runs.panel(command)}, long limit, {runs.STYLES[f['overlong']][0]}:")
+            for which in ("right", "wrong"):
+                cut, loops = (table.curves(command, f"{what} {which}")[1] for what in ("cut", "loops"))
+                share = loops.sum() / cut.sum() if cut.sum() else 0
+                cut = cut.mean() if cut.size else 0
+                parts[-1] += (
+                    f" {cut:.2%} of the responses are cut with a {which} answer, and {share:.0%} of these loop;"
+                )
+    return "\n".join(parts).removesuffix(";")
 
 
 def draw(rows):
     table = runs.Table(rows)
-    models = list(dict.fromkeys(runs.panel(command) for command in table.commands))
-    figure, axes = runs.grid(len(models), 2, height=3)
+    panels = list(dict.fromkeys(map(runs.panel, table.commands)))
+    figure, axes = runs.grid(len(panels), 2, height=2.6)
+    filtered = {
+        (runs.panel(c), runs.flags(c)["limit"]) for c in table.commands if runs.flags(c)["overlong"] == "filter"
+    }
     for command in table.commands:
-        f, row = runs.flags(command), axes[models.index(runs.panel(command))]
-        limit = f"limit {f['max_response_len']}"
+        f, name = runs.flags(command), runs.panel(command)
+        row, limit = axes[panels.index(name)], f"limit {f['max_response_len']}"
         if f["overlong"] == "keep":
             lines(row[0], table, command, limit, {"short": "#D55E00", "long": "black"}[f["limit"]])
-        if f["limit"] == "long":
+        if (name, f["limit"]) in filtered:
             lines(row[1], table, command, *runs.STYLES[f["overlong"]][:2])
-            row[1].set_title(f"with and without the filter, {limit}", fontsize=9)
-        row[0].set_title(f"{runs.panel(command)}, without the filter", fontsize=9)
+            row[1].set_title(f"{name}, with and without the filter, {limit}", fontsize=9)
+        row[0].set_title(f"{name}, without the filter", fontsize=9)
     for ax in axes.flat:
-        ax.set_ylim(-0.02, 1.02)
-        ax.set_xlabel("rollouts trained on", fontsize=9)
+        ax.set_ylim(-0.03, 1.03)
         ax.set_ylabel("loops, share of the truncated", fontsize=9)
         ax.legend(fontsize=7)
-    runs.entitle(figure, table, f"Truncated responses that end in a loop: {found(rows)}", CLAIMS, legend=False)
+    for ax in axes[-1]:
+        ax.set_xlabel("rollouts trained on", fontsize=9)
+    runs.entitle(figure, table, "Truncated responses that end in a loop", CLAIMS, legend=False)
     return figure
 
 

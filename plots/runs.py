@@ -57,6 +57,7 @@ BENCH = (  # puts grpo.py and dapo.py on the study's bench; lite_ppo.py stands o
     "--prompts_per_step 128 --group_size 8 --minibatches 8 --warmup_steps 50 --weight_decay 0 --temperature 0.99 "
     "--top_p 0.99 --top_k 100 --max_response_len 8192 --eval_max_response_len 8192"
 )
+ON_BENCH = {"grpo.py": [BENCH], "dapo.py": [BENCH, "--overlong_buffer 2048"]}  # a quarter of the limit, as on a laptop
 
 
 def commands(module):
@@ -64,27 +65,29 @@ def commands(module):
     return re.findall(r"^ +accelerate launch (.+)$", module.__doc__, re.M)
 
 
-def flags(command):
-    """`lite_ppo.py --norm none` -> {"script": "lite_ppo", "norm": "none", what is usual, and what follows: kind, size, limit}"""
+def given(command):
+    """`lite_ppo.py --norm none` -> "lite_ppo.py", {"norm": "none"}"""
     script, *words = shlex.split(command)
-    given = {name.removeprefix("--"): value for name, value in zip(words[::2], words[1::2])}
-    f = USUAL | {"script": script.removesuffix(".py")} | given
-    model, limit = f["model"], f["max_response_len"]
-    f["kind"] = "base" if model.lower().endswith("base") else "aligned"
-    f["size"] = "".join(re.findall(r"-(\d+B)", model))
-    f["limit"] = {"56": "short", "8192": "short", "72": "middle", "16384": "middle"}.get(limit, "long")
+    return script, {name.removeprefix("--"): value for name, value in zip(words[::2], words[1::2])}
+
+
+def flags(command):
+    """-> {"script": "lite_ppo", its flags, what is usual, and what follows: kind, size (a laptop's one model is small), limit}"""
+    script, said = given(command)
+    f = USUAL | {"script": script.removesuffix(".py")} | said
+    f["kind"] = "base" if f["model"].lower().endswith("base") else "aligned"
+    f["size"] = "8B" if "-8B" in f["model"] else "4B"
+    f["limit"] = {"56": "short", "8192": "short", "72": "middle", "16384": "middle"}.get(f["max_response_len"], "long")
     return f
 
 
 def at_node(command, size):
     """The same command with the paper's settings, for models of this size ("4B", "8B")"""
-    script, *words = shlex.split(command)
-    given = {name.removeprefix("--"): value for name, value in zip(words[::2], words[1::2])}
-    given = {name: value for name, value in given.items() if name not in LAPTOP_ONLY}
-    given["model"] = MODELS[given.get("model", USUAL["model"])].format(size)
-    given |= {name: LIMITS[value] for name, value in given.items() if name.endswith("max_response_len")}
-    parts = [script, *(f"--{name} {value}" for name, value in given.items())]
-    return " ".join(parts + [BENCH] * (script in ("grpo.py", "dapo.py")))
+    script, said = given(command)
+    said = {name: value for name, value in said.items() if name not in LAPTOP_ONLY}
+    said["model"] = MODELS[said.get("model", USUAL["model"])].format(size)
+    said |= {name: LIMITS[value] for name, value in said.items() if name.endswith("max_response_len")}
+    return " ".join([script, *(f"--{name} {value}" for name, value in said.items()), *ON_BENCH.get(script, [])])
 
 
 def panel(command):
@@ -383,13 +386,13 @@ class Claim:
     def sentence(self, table):
         mean, low, high, n = self.effect(table)
         if n < ENOUGH:
-            return f"{self.text}: open, {mean:+.3f} in {n} seed{'s' * (n != 1)}"
+            return f"{self.text}: open, " + (f"{mean:+.3f} in {n} seed{'s' * (n > 1)}" if n else "no runs")
         return f"{self.text}: {self.verdict(table)}, {mean:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 # -------------------------------------------------------------------------------------------------------------- drawing
 
-STYLES = {  # value of a flag: label, colour, dashes, marker. The study's baseline is black in every figure
+STYLES = {  # value of a flag: label, colour, dashes, marker. Black is the study's baseline, or what takes its place
     "none": ("no normalization", "#E69F00", (0, (1, 1)), "^"),
     "batch_mean": ("batch mean, no std", "#882255", (0, (1, 1)), "D"),
     "batch_mean_batch_std": ("batch mean, batch std", "#56B4E9", (0, (4, 1.5)), "s"),
@@ -498,7 +501,7 @@ def compare(table, flag, metrics=("rollout/accuracy",), key=panel):
         row[0].set_ylabel(name, fontsize=9)
     for ax, metric in zip(axes[0], [*metrics, SCORE]):
         ax.set_title(NAMES[metric], fontsize=9)
-    axes[0, -1].set_title("final accuracy, 95 % interval", fontsize=9)
+    axes[0, -1].set_title(f"final accuracy\n(95 % interval from {ENOUGH} seeds on)", fontsize=9)
     for ax in axes[-1, :-1]:
         ax.set_xlabel("rollouts trained on", fontsize=9)
     axes[-1, 0].set_xlabel("rollouts trained on\n(bands: ± s.d. over seeds)", fontsize=9)
@@ -530,11 +533,12 @@ def parse(doc):
     p.add_argument(
         "--out",
         type=Path,
-        help="folder of tables and pictures [plots/figures; with --run RUNS/figures, or RUNS/figures_STEPS]",
+        help="folder of tables and pictures [plots/figures; with --run RUNS/figures, RUNS/figures_node, RUNS/figures_STEPS]",
     )
     args = p.parse_args()
     args.seeds = args.seeds or {"laptop": 5, "node": 1}[args.scale]
-    args.out = args.out or (args.runs / f"figures_{args.steps or ''}".strip("_") if args.run else FIGURES)
+    other = ["node"] * (args.scale == "node") + [str(args.steps)] * bool(args.steps)
+    args.out = args.out or (args.runs / "_".join(["figures", *other]) if args.run else FIGURES)
     return args
 
 

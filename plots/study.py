@@ -76,8 +76,8 @@ def told(module, folder=runs.FIGURES):
     return f"{before}\nHere: {found}{after}"
 
 
-def overview(folder):
-    """The effects on accuracy of all claims, by takeaway"""
+def overview(folder, scale):
+    """The effects on accuracy of all claims, by takeaway: mean, interval, seeds as small ticks; shaded where no gain was claimed"""
     found = sorted((x for x in claims(folder) if x[0] and x[2].metric == runs.SCORE), key=lambda x: x[0])
     figure, axes = runs.grid(1, 1, height=0.27 * len(found))
     ax, names = axes[0, 0], []
@@ -87,6 +87,10 @@ def overview(folder):
             claim.verdict(table)
         ]
         mark = {"seen": "o", "opposite": "X", "not seen": "s", "open": "."}[claim.verdict(table)]
+        if claim.expect != "more":
+            least = -claim.small if claim.expect == "the same" else 0
+            ax.barh(y, claim.small - least, left=least, color="#EEEEEE")
+        ax.plot(claim.differences(table), [y] * n, "|", color=colour, markersize=5)
         if n >= runs.ENOUGH:
             ax.plot([low, high], [y, y], color=colour, lw=2)
         ax.plot(mean, y, mark, color=colour, label=claim.verdict(table))
@@ -99,7 +103,8 @@ def overview(folder):
     figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncol=3, fontsize=9, frameon=False)
     verdicts = [claim.verdict(table) for _, _, claim, table in found]
     counts = ", ".join(f"{verdicts.count(v)} {v}" for v in dict.fromkeys(verdicts))
-    figure.suptitle(f"What the paper claims, on a laptop: {counts}", fontsize=10, x=0.01, ha="left")
+    where = {"laptop": "on a laptop", "node": "on a node"}[scale]
+    figure.suptitle(f"What the paper claims, {where}: {counts}", fontsize=10, x=0.01, ha="left")
     figure.savefig(folder / "study.png", dpi=100)
     return folder / "study.png"
 
@@ -108,7 +113,7 @@ def main():
     args = runs.parse(__doc__)
     failed = runs.work(figures(), args)
     if args.run or args.scale == "laptop":
-        print(overview(args.out))
+        print(overview(args.out, args.scale))
     raise SystemExit(failed > 0)
 
 

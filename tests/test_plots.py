@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -46,8 +47,9 @@ def fake_run(folder, seed=1, steps=12, tokens=20):
             row |= {f"eval/{name}/accuracy_se": 0.02 for name in ("easy", "hard", "mean")}
         if step < steps:
             bins = {f"prob_{100 * low:.0f}": rng.uniform() for low in common.PROBABILITIES}
-            rollout = {"accuracy", "response_len", "entropy", "truncated", "repeat_ratio_right", "repeat_ratio_wrong"}
+            rollout = {"accuracy", "response_len", "entropy", "repeat_ratio_right", "repeat_ratio_wrong"}
             row |= {f"rollout/{name}": value for name, value in (bins | {n: rng.uniform() for n in rollout}).items()}
+            row |= {"rollout/truncated": 0.5, "rollout/truncated_right": 0.125}
             row |= {"reward/std": rng.uniform(), "train/clip_high": 0.001, "time/generate": 1.0, "time/update": 2.0}
         rows.append(row)
     cut = [
@@ -221,6 +223,7 @@ def test_claims():
         runs.Claim("", "norm", claim.better, claim.worse, {"data": "hard"}, expect="the same", small=0.2).verdict(t)
         == "seen"
     )
+    assert runs.Claim("better", "norm", "none", claim.better).sentence(t) == "better: open, no runs"
     missing = runs.Table([*t_rows(t), {"command": f"{group} --data medium", "seed": 1, "step": None}])
     assert claim.verdict(missing) != "open"  # nothing to compare it with
     missing = runs.Table([*t_rows(missing), {"command": f"{batch} --data medium", "seed": 1, "step": None}])
@@ -375,6 +378,42 @@ def test_a_figure_from_run_folders(module, tmp_path):
     assert runs.draw(module, args.out).stat().st_size > 10_000
 
 
+def test_a_response_is_shown_of_any_seed(tmp_path, monkeypatch):
+    """On a node, whose seeds begin at 42, figure 10 shows of each command and model the response with most upper cuts"""
+    monkeypatch.setattr(common, "data_mistakes", lambda *_: [])  # the paper's data sets are not here
+    monkeypatch.setattr(runs, "launch", lambda *_: 0)
+    module, args = sys.modules["fig10_clipped_tokens"], settings(tmp_path, scale="node")
+    for _, seed, full in runs.runs_of([module], args):
+        run = fake_run(args.runs / runs.name(full), seed)
+        if seed == 43:
+            (run / "tokens.jsonl").write_text(
+                (run / "tokens.jsonl").read_text().replace('"high": [0]', '"high": [0, 2]')
+            )
+    assert runs.run([module], args) == 0
+    shown = [row for row in runs.read_table(args.out / "fig10_clipped_tokens.csv") if "shown" in (row["kind"] or "")]
+    assert len(shown) == 4 * 20 and {row["seed"] for row in shown} == {43}
+    assert sum(row["kind"] == "shown high" for row in shown) == 4 * 2
+
+
+def test_loops_are_pooled(tmp_path, monkeypatch):
+    """A rollout with one truncated response counts for less than one with many; what is missing counts for nothing."""
+    monkeypatch.setattr(runs, "launch", lambda *_: 0)
+    module, args = sys.modules["fig14_repeat_ratio"], settings(tmp_path, seeds=1)
+    many = {"truncated": 0.5, "truncated_right": 0.1, "repeat_ratio_right": 0.5, "repeat_ratio_wrong": 0.25}
+    one = {"truncated": 0.1, "truncated_right": 0.0, "repeat_ratio_wrong": 1.0}
+    for _, _, full in runs.runs_of([module], args):
+        run = fake_run(args.runs / runs.name(full))
+        rows = [{"step": s} | {f"rollout/{k}": v for k, v in row.items()} for s, row in enumerate((many, one, {}))]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert runs.run([module], args) == 0
+    rows = runs.read_table(args.out / "fig14_repeat_ratio.csv")
+    assert [row[module.WRONG] for row in rows[:3]] == [pytest.approx((0.4 * 0.25 + 0.1) / 0.5), None, None]
+    assert "5.00% of the responses are cut with a right answer, and 50% of these loop" in module.found(rows)
+    assert "25.00% of the responses are cut with a wrong answer, and 40% of these loop" in module.found(rows)
+    drawn = module.draw(rows).axes[0].lines[0]
+    assert drawn.get_label() == "limit 56, right answer" and drawn.get_ydata() == pytest.approx([0.5, 0.5])
+
+
 def test_what_cannot_be_read_is_told_in_a_line_and_the_rest_is_drawn(tmp_path, capsys):
     """Damaged, empty, unfinished, of another version, not there: one line each"""
     module = sys.modules["fig03_dynamics"]
@@ -445,6 +484,18 @@ def test_a_figure_that_fails_does_not_take_the_others_with_it(tmp_path, capsys):
     assert (args.out / "fig06_std_scope.png").is_file()
 
 
+def test_tables_of_other_runs_do_not_replace_the_laptops(monkeypatch):
+    for flags, folder in {
+        "": runs.FIGURES,
+        "--run": ROOT / "runs" / "figures",
+        "--run --runs x --steps 10": Path("x/figures_10"),
+        "--run --scale node": ROOT / "runs" / "figures_node",
+        "--run --scale node --steps 10": ROOT / "runs" / "figures_node_10",
+    }.items():
+        monkeypatch.setattr(sys, "argv", ["fig", *flags.split()])
+        assert runs.parse("").out == folder
+
+
 @pytest.mark.parametrize(
     "flags, said", [(["--jobs", "0"], "--jobs: 0 is out of range"), (["--seeds", "-1"], "--seeds: -1 is")]
 )
@@ -498,7 +549,7 @@ def test_the_committed_tables_are_of_these_commands_and_small():
 def test_the_study_is_drawn(tmp_path):
     for path in runs.FIGURES.glob("*.csv"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    assert study.overview(tmp_path).stat().st_size > 10_000
+    assert study.overview(tmp_path, "laptop").stat().st_size > 10_000
 
 
 # --------------------------------------------------------------------------------------------------------------- report
