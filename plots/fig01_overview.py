@@ -4,8 +4,8 @@ Question: GRPO, DAPO with its five tricks, Lite PPO with two: which ends highest
 Paper: Lite PPO; complexity is not needed.
 (At equal rollouts, for which DAPO samples more: figure 15.)
 
-Here: Lite PPO beats GRPO: open, -0.005 in 3 seeds;
-Lite PPO beats DAPO: open, -0.022 in 3 seeds.
+Here: Lite PPO beats GRPO: not seen, -0.002 [-0.020, +0.020];
+Lite PPO beats DAPO: not seen, -0.020 [-0.043, +0.008].
 
 Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node shows the paper's:
 

@@ -4,8 +4,8 @@ Question: an upper clip of 0.28 against 0.20, base and aligned models: which end
 Paper: aligned models gain; base models do not, or are harmed (takeaway 4).
 (The clip figures take 16 updates a rollout at 2e-4, where the bounds cut enough to matter, and training is unstable: LOG.md.)
 
-Here: 0.28 helps the aligned model: open, -0.006 in 3 seeds;
-0.28 does not help the base model: open, -0.039 in 3 seeds.
+Here: 0.28 helps the aligned model: not seen, -0.010 [-0.066, +0.050];
+0.28 does not help the base model: not seen, -0.022 [-0.139, +0.043].
 
 Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node shows the paper's:
 

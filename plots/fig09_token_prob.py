@@ -6,8 +6,8 @@ Paper: in aligned models far fewer tokens are near certain, and fewer under 0.28
 (The clip figures take 16 updates a rollout at 2e-4, where the bounds cut enough to matter, and training is unstable: LOG.md.
 The probabilities are those of sampling: on a node of what top_p and top_k leave.)
 
-Here: base has more near-certain tokens: open, -0.022 in 3 seeds;
-0.28 leaves fewer of them: open, +0.008 in 3 seeds.
+Here: base has more near-certain tokens: opposite, -0.017 [-0.025, -0.007];
+0.28 leaves fewer of them: not seen, +0.003 [-0.006, +0.015].
 
 Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node shows the paper's:
 

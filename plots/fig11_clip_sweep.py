@@ -4,10 +4,10 @@ Question: the aligned model with an upper clip of 0.20, 0.24, 0.28 and 0.32: doe
 Paper: at 4B up to 0.32, the best; at 8B there is no order, and 0.28 is the best (takeaway 6).
 (The clip figures take 16 updates a rollout at 2e-4, where the bounds cut enough to matter, and training is unstable: LOG.md.)
 
-Here: 0.24 beats 0.20: open, +0.001 in 3 seeds;
-0.28 beats 0.24: open, -0.003 in 3 seeds;
-0.32 beats 0.28: open, +0.026 in 3 seeds;
-0.32 beats 0.20: open, +0.024 in 3 seeds.
+Here: 0.24 beats 0.20: not seen, -0.020 [-0.058, +0.036];
+0.28 beats 0.24: not seen, -0.001 [-0.050, +0.036];
+0.32 beats 0.28: not seen, +0.019 [-0.019, +0.053];
+0.32 beats 0.20: not seen, -0.002 [-0.054, +0.061].
 
 Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node shows the paper's:
 

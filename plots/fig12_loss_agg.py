@@ -4,8 +4,8 @@ Question: the loss as a mean over tokens or over responses, base and aligned mod
 Paper: tokens for base models, most of all on hard data; responses for aligned ones, in most sets (takeaway 7).
 (Figure 17 of the appendix is the same for another base model, which it does not name.)
 
-Here: token mean is better for the base model: open, -0.022 in 3 seeds;
-sequence mean is better for the aligned model: open, +0.013 in 3 seeds.
+Here: token mean is better for the base model: not seen, -0.014 [-0.031, +0.001];
+sequence mean is better for the aligned model: not seen, +0.014 [-0.003, +0.030].
 
 Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node shows the paper's:
 

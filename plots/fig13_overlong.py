@@ -5,11 +5,11 @@ Paper: at 8 thousand yes, and responses get shorter; at 20 thousand hardly, and 
 (Here 56, 72 and 128 tokens: the first cuts a quarter of the right solutions of hard problems, and more of the aligned model's, which
 are longer; the last only what never ends. The evaluation has the limit of the training. The paper does not name its data: hard here.)
 
-Here: under the short limit the filter helps the base model: open, +0.009 in 3 seeds;
-under the short limit it helps the aligned model: open, -0.027 in 3 seeds;
-under the long limit it does not help the base model: open, -0.001 in 3 seeds;
-base, short limit: shorter with it (tokens): open, +0.552 in 3 seeds;
-base, long limit: longer with it (tokens): open, +4.336 in 3 seeds.
+Here: under the short limit the filter helps the base model: not seen, +0.006 [-0.009, +0.015];
+under the short limit it helps the aligned model: opposite, -0.022 [-0.045, -0.007];
+under the long limit it does not help the base model: not seen, +0.007 [-0.017, +0.021];
+base, short limit: shorter with it (tokens): not seen, +0.283 [-0.414, +1.620];
+base, long limit: longer with it (tokens): not seen, +5.995 [-0.679, +15.505].
 
 Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node shows the paper's:
 

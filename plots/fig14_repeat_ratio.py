@@ -7,11 +7,11 @@ Paper: more at the longer limit and among the wrong ones; without the filter the
 shown on an aligned model, beside which stands a base model at the long limit here, as our aligned one never loops. Shares are of all
 truncated responses of all seeds; those of a curve are of the 11 rollouts before, smoothed.)
 
-Here: more loops of wrong answers at the long limit, base model: open, no runs;
-the filter lowers them, base model, long limit: open, no runs;
-the filter lowers them, aligned model, short limit: open, no runs;
-base, hard, long limit, all responses: 0.00% of the responses are cut with a right answer, and 0% of these loop; 0.00% of the responses are cut with a wrong answer, and 0% of these loop;
-base, hard, long limit, overlong filter: 0.00% of the responses are cut with a right answer, and 0% of these loop; 0.00% of the responses are cut with a wrong answer, and 0% of these loop.
+Here: more loops of wrong answers at the long limit, base model: seen, +0.578 [+0.536, +0.620];
+the filter lowers them, base model, long limit: not seen, +0.050 [-0.162, +0.311];
+the filter lowers them, aligned model, short limit: not seen, +0.000 [+0.000, +0.000];
+base, hard, long limit, all responses: 1.16% of the responses are cut with a right answer, and 97% of these loop; 1.07% of the responses are cut with a wrong answer, and 59% of these loop;
+base, hard, long limit, overlong filter: 2.81% of the responses are cut with a right answer, and 99% of these loop; 1.80% of the responses are cut with a wrong answer, and 60% of these loop.
 
 Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node shows the paper's:
 
@@ -106,7 +106,7 @@ def draw(rows):
     for ax in axes.flat:
         ax.set_ylim(-0.03, 1.03)
         ax.set_ylabel("loops, share of the truncated", fontsize=9)
-        ax.legend(fontsize=7)
+        ax.legend(fontsize=7, ncol=2, loc=(0.02, 0.08))
     for ax in axes[-1]:
         ax.set_xlabel("rollouts trained on", fontsize=9)
     runs.entitle(figure, table, "Truncated responses that end in a loop", CLAIMS, legend=False)

@@ -4,9 +4,9 @@ Question: do group mean, batch std and token mean, without a KL, beat GRPO and D
 Paper: yes; Lite PPO rises steadily where the others peak and collapse.
 (At equal rollouts: for each, DAPO samples until it has enough groups to train on. GRPO has its own paper's KL, as this paper's is not known.)
 
-Here: Lite PPO beats GRPO: open, -0.005 in 3 seeds;
-Lite PPO beats DAPO: open, -0.022 in 3 seeds;
-responses that DAPO sampled for a rollout: no runs.
+Here: Lite PPO beats GRPO: not seen, -0.002 [-0.020, +0.020];
+Lite PPO beats DAPO: not seen, -0.020 [-0.043, +0.008];
+responses that DAPO sampled for a rollout: 470 (base, easy), 243 (base, hard).
 
 Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node shows the paper's:
 

@@ -501,7 +501,8 @@ def compare(table, flag, metrics=("rollout/accuracy",), key=panel):
         row[0].set_ylabel(name, fontsize=9)
     for ax, metric in zip(axes[0], [*metrics, SCORE]):
         ax.set_title(NAMES[metric], fontsize=9)
-    axes[0, -1].set_title(f"final accuracy\n(95 % interval from {ENOUGH} seeds on)", fontsize=9)
+    enough = any(len(seeds) >= ENOUGH for seeds in table.series.values())
+    axes[0, -1].set_title("final accuracy" + ", 95 % interval" * enough, fontsize=9)
     for ax in axes[-1, :-1]:
         ax.set_xlabel("rollouts trained on", fontsize=9)
     axes[-1, 0].set_xlabel("rollouts trained on\n(bands: ± s.d. over seeds)", fontsize=9)
