@@ -84,7 +84,7 @@ def draw(rows):
 
 
 def top(ax, rows):
-    """The tokens that the upper bound cut most often, with what the lower one cut of them behind"""
+    """The tokens that the upper bound cut most often"""
     counts, seeds = Counter(), {r["seed"] for r in rows if r["kind"] == "run"}
     for r in rows:
         if r["kind"] == "high":
