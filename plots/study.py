@@ -127,8 +127,7 @@ def overview(folder, scale):
     figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncol=3, fontsize=9, frameon=False)
     verdicts = [claim.verdict(table) for _, _, claim, table in found]
     counts = ", ".join(f"{verdicts.count(v)} {v}" for v in dict.fromkeys(verdicts))
-    where = {"laptop": "on a laptop", "node": "on a node"}[scale]
-    figure.suptitle(f"What the paper claims, {where}: {counts}", fontsize=10, x=0.01, ha="left")
+    figure.suptitle(f"What the paper claims, on a {scale}: {counts}", fontsize=10, x=0.01, ha="left")
     figure.savefig(folder / "study.png", dpi=100)
     return folder / "study.png"
 
