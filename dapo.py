@@ -24,7 +24,6 @@ import math
 import torch
 
 import common
-import training
 from rewards import GradePool
 
 DEFAULTS = {  # flag: (laptop, node). Node is the paper. What it leaves open is marked so; the model and the evaluation
@@ -117,9 +116,11 @@ def token_weights(lengths, loss_agg, max_len):  # (n,) -> (n,), the weight of on
     return torch.where(lengths > 0, weight, 0.0)
 
 
-def policy_loss(logp, old_logp, adv, clip_low, clip_high):  # (T,) each -> (T,), (T,)
+def policy_loss(logp, old_logp, adv, clip_low, clip_high):  # (T,) each -> loss, ratio (T,); low, high (T,) bool
     ratio = (logp - old_logp).exp()
-    return -torch.min(ratio * adv, ratio.clamp(1 - clip_low, 1 + clip_high) * adv), ratio
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    low, high = (clipped > ratio) & (adv < 0), (clipped < ratio) & (adv > 0)  # the bound that leaves it no gradient
+    return -torch.min(ratio * adv, clipped * adv), ratio, low, high
 
 
 def overlong_penalty(lengths, limit, buffer):  # (N,) -> (N,)
@@ -133,25 +134,34 @@ KEEPS = {  # is the response right? (P', G) -> is the group kept? (P',)
 
 
 def parse_args(argv=None):
-    p = common.parser(__file__, __doc__, DEFAULTS)
-    p.add_argument("--norm", choices=NORMS, help="what is subtracted from a reward, and what it is divided by")
-    p.add_argument("--loss_agg", choices=LOSS_AGGS, help="how much a token counts")
-    p.add_argument("--clip_low", type=common.number(float, 0, 1), help="the ratio is cut at 1 - clip_low")
-    p.add_argument("--clip_high", type=common.number(float, 0), help="the ratio is cut at 1 + clip_high")
+    p = common.Parser(__file__, __doc__, DEFAULTS)
     p.add_argument(
-        "--overlong",
-        choices=["keep", "filter", "penalty"],
-        help="filter: a truncated response is not trained on; penalty: a long response loses some of its reward",
+        "--norm", choices=NORMS, help="The advantage: a reward less which mean, divided by which standard deviation."
     )
-    p.add_argument("--overlong_buffer", type=common.COUNT, help="tokens below the limit over which the penalty grows")
     p.add_argument(
-        "--dynamic_sampling", choices=KEEPS, help="on: no groups all right or all wrong, others in their place"
+        "--loss_agg",
+        choices=LOSS_AGGS,
+        help="The weight of a token in the loss: of all tokens, of a response, or constant.",
     )
-    p.add_argument("--max_resample", type=common.COUNT, help="rounds of sampling after the first; then go on with less")
-    p.add_argument("--wrong_reward", type=int, choices=[0, -1], help="of a wrong response; a right one has 1")
+    p.add_argument("--clip_low", type=common.number(float, 0, 1), help="The ratio is clipped below 1 - clip_low.")
+    p.add_argument("--clip_high", type=common.number(float, 0), help="The ratio is clipped above 1 + clip_high.")
+    text = (
+        "Whether a truncated response is trained on; filter: it is not; penalty: a long one loses some of its reward."
+    )
+    p.add_argument("--overlong", choices=["keep", "filter", "penalty"], help=text)
+    p.add_argument("--overlong_buffer", type=common.COUNT, help="Tokens below the limit over which the penalty grows.")
+    text = "Whether groups that are all right or all wrong are dropped, and others sampled in their place."
+    p.add_argument("--dynamic_sampling", choices=KEEPS, help=text)
+    p.add_argument(
+        "--max_resample", type=common.COUNT, help="Rounds of sampling after the first; then fewer groups do."
+    )
+    p.add_argument(
+        "--wrong_reward", type=int, choices=[0, -1], help="The reward of a wrong response; a right one has 1."
+    )
     args = common.parse_args(p, argv)
-    if args.group_size == 1 and "group" in args.norm:
-        common.fail(f"--group_size 1: never differs from its own mean under --norm {args.norm}; give 2 or more")
+    alike = torch.tensor([[0.0, 0.0], [1.0, 1.0]])  # two groups, as alike in themselves as a group of one
+    if args.group_size == 1 and not advantages(alike, args.norm).any():
+        common.fail(f"--group_size 1: has no advantage under --norm {args.norm}; give 2 or more")
     if args.group_size == 1 and args.dynamic_sampling == "on":
         common.fail("--group_size 1: is all right or all wrong; give 2 or more, or --dynamic_sampling off")
     if args.overlong == "penalty" and args.overlong_buffer > args.max_response_len:
@@ -184,7 +194,7 @@ def main():
             fresh = engine.generate(problems.take(args.prompts_per_step), args.group_size, key)
             log.lap("generate", engine.waited())
             sampled += fresh
-            grades += common.spread(pool.grade, [(r.text, r.problem["answer"]) for r in fresh])
+            grades += common.distributed_map(pool.grade, [(r.text, r.problem["answer"]) for r in fresh])
             log.lap("reward")
             correct = torch.tensor([g.correct for g in grades]).view(-1, args.group_size)  # (P', G)
             kept = KEEPS[args.dynamic_sampling](correct).nonzero()[: args.prompts_per_step, 0]  # (P,), or fewer
@@ -194,8 +204,9 @@ def main():
             few = f"{len(kept)} of {args.prompts_per_step} groups after --max_resample {args.max_resample}"
             log.say(f"step {step}: {few}; going on with them")
         engine.sleep()
-        log.mean("rollout/spent", len(sampled))
-        log.mean("rollout/kept", len(kept))
+        # responses sampled for this step, those of dropped groups too
+        log.mean("rollout/sampled_responses", len(sampled))
+        log.mean("rollout/kept_groups", len(kept))  # groups that are trained on
         log.lap("generate", engine.waited())
 
         # reward, less what a long response loses
@@ -212,23 +223,19 @@ def main():
         lengths = lengths.view(-1, args.group_size)[kept].flatten()
         log.lap("reward")
 
-        # loss weights: one number a response too, from the whole mini-batch, before it is shared out
+        # loss weights: one number a response too, from the whole mini-batch, before it is split
         if args.overlong == "filter":
             lengths[torch.tensor([r.truncated for r in batch], dtype=torch.bool)] = 0
         parts = lengths.tensor_split(args.minibatches)
         weight = torch.cat([token_weights(part, args.loss_agg, args.max_response_len) for part in parts])  # (N,)
 
         # old policy: frozen for all mini-batches of this rollout
-        learned = adv != 0  # (N,) bool; of the others the gradient is 0
-        minis = training.minibatches(batch, lengths > 0, learned, args.minibatches, args.tokens_per_gpu)
+        # a response without a gradient is not computed: one without an advantage, if no KL or entropy bonus is in the loss
+        has_gradient = adv != 0  # (N,) bool
+        minis = common.minibatches(batch, lengths > 0, has_gradient, args.minibatches, args.tokens_per_gpu)
         packs = [pack for packs in minis for pack in packs]
         log.packs(minis)
-        fullest = sorted(packs, key=lambda pack: -len(pack.labels))[:1]
-        checked = packs if args.old_logp == "recompute" else fullest  # the engine's own are in the others
-        with torch.no_grad():
-            for pack in checked:
-                pack.old_logp, _ = training.logprobs(model, pack, args.temperature)  # (T,)
-        common.check_engine(log, checked)
+        common.freeze_old_logp(log, model, packs)
         log.lap("old_logp")
 
         # update: each mini-batch is one optimizer step, each pack one forward and backward pass
@@ -238,25 +245,25 @@ def main():
             if not packs:  # all filtered: nothing to learn from, so not even Adam's momentum moves the weights
                 continue
             for pack in packs:
-                logp, entropy = training.logprobs(model, pack, args.temperature)  # (T,)
+                logp, entropy = model(pack, args.temperature)  # (T,)
                 a, w = adv[pack.rows], weight[pack.rows]  # (T,)
-                loss, ratio = policy_loss(logp, pack.old_logp, a, args.clip_low, args.clip_high)  # (T,)
+                loss, ratio, low, high = policy_loss(logp, pack.old_logp, a, args.clip_low, args.clip_high)  # (T,)
                 common.check_finite(log, step, pack, batch, loss)
                 accelerator.backward((loss * w).sum() * accelerator.num_processes)  # the sum over GPUs, not their mean
-                log.sum("train/loss", loss * w / args.minibatches)
+                log.sum("train/loss", loss * w / args.minibatches)  # mean over the mini-batches
+                # nats, mean over the trained tokens: those of responses with a gradient
                 log.mean("train/entropy", entropy)
-                low, high = (ratio < 1 - args.clip_low) & (a < 0), (ratio > 1 + args.clip_high) & (a > 0)  # (T,)
-                log.mean("train/clip_low", low)
-                log.mean("train/clip_high", high)
-                log.max("train/ratio_max", ratio)
+                log.mean("train/clip_low", low)  # share of tokens whose gradient the lower bound clips
+                log.mean("train/clip_high", high)  # share of tokens whose gradient the upper bound clips
+                log.max("train/ratio_max", ratio)  # the largest ratio
                 log.trained_tokens(batch, pack, ratio, entropy, a, low, high)
             grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
             if not math.isfinite(grad_norm):
-                raise SystemExit(f"step {step}: the norm of the gradient is {grad_norm}; it was not applied")
-            log.mean("train/grad_norm", grad_norm)
+                log.stop(f"step {step}: the norm of the gradient is {grad_norm}; it was not applied")
+            log.mean("train/grad_norm", grad_norm)  # before it is clipped
             optimizer.step()
             optimizer.zero_grad()
-        log.mean("train/lr", optimizer.param_groups[0]["lr"])
+        log.mean("train/lr", optimizer.param_groups[0]["lr"])  # read from the optimizer after the last update
         log.lap("update")
         log.write(step)
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:

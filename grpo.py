@@ -17,7 +17,6 @@ import math
 import torch
 
 import common
-import training
 from rewards import GradePool
 
 DEFAULTS = {  # flag: (laptop, node). Node is the paper. What it leaves open is marked so; the model and the evaluation
@@ -108,9 +107,11 @@ def token_weights(lengths, loss_agg, max_len):  # (n,) -> (n,), the weight of on
     return torch.where(lengths > 0, weight, 0.0)
 
 
-def policy_loss(logp, old_logp, adv, clip_low, clip_high):  # (T,) each -> (T,), (T,)
+def policy_loss(logp, old_logp, adv, clip_low, clip_high):  # (T,) each -> loss, ratio (T,); low, high (T,) bool
     ratio = (logp - old_logp).exp()
-    return -torch.min(ratio * adv, ratio.clamp(1 - clip_low, 1 + clip_high) * adv), ratio
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    low, high = (clipped > ratio) & (adv < 0), (clipped < ratio) & (adv > 0)  # the bound that leaves it no gradient
+    return -torch.min(ratio * adv, clipped * adv), ratio, low, high
 
 
 KLS = {  # d (T,) -> (T,). Over what the policy samples, the mean of the value; that of the gradient
@@ -125,17 +126,30 @@ def kl(logp, ref_logp, kl_estimator):  # (T,), (T,) -> (T,)
 
 
 def parse_args(argv=None):
-    p = common.parser(__file__, __doc__, DEFAULTS)
-    p.add_argument("--norm", choices=NORMS, help="what is subtracted from a reward, and what it is divided by")
-    p.add_argument("--loss_agg", choices=LOSS_AGGS, help="how much a token counts")
-    p.add_argument("--clip_low", type=common.number(float, 0, 1), help="the ratio is cut at 1 - clip_low")
-    p.add_argument("--clip_high", type=common.number(float, 0), help="the ratio is cut at 1 + clip_high")
-    p.add_argument("--kl_coef", type=common.number(float, 0), help="weight of the KL; 0: no reference model either")
-    p.add_argument("--kl_estimator", choices=KLS, help="how the KL is estimated from the sampled tokens")
-    p.add_argument("--wrong_reward", type=int, choices=[0, -1], help="of a wrong response; a right one has 1")
+    p = common.Parser(__file__, __doc__, DEFAULTS)
+    p.add_argument(
+        "--norm", choices=NORMS, help="The advantage: a reward less which mean, divided by which standard deviation."
+    )
+    p.add_argument(
+        "--loss_agg",
+        choices=LOSS_AGGS,
+        help="The weight of a token in the loss: of all tokens, of a response, or constant.",
+    )
+    p.add_argument("--clip_low", type=common.number(float, 0, 1), help="The ratio is clipped below 1 - clip_low.")
+    p.add_argument("--clip_high", type=common.number(float, 0), help="The ratio is clipped above 1 + clip_high.")
+    p.add_argument(
+        "--kl_coef",
+        type=common.number(float, 0),
+        help="The weight of the KL in the loss; with 0 there is no reference model.",
+    )
+    p.add_argument("--kl_estimator", choices=KLS, help="How the KL is estimated from the sampled tokens.")
+    p.add_argument(
+        "--wrong_reward", type=int, choices=[0, -1], help="The reward of a wrong response; a right one has 1."
+    )
     args = common.parse_args(p, argv, reference=lambda args: args.kl_coef > 0)
-    if args.group_size == 1 and "group" in args.norm:
-        common.fail(f"--group_size 1: never differs from its own mean under --norm {args.norm}; give 2 or more")
+    alike = torch.tensor([[0.0, 0.0], [1.0, 1.0]])  # two groups, as alike in themselves as a group of one
+    if args.group_size == 1 and not advantages(alike, args.norm).any():
+        common.fail(f"--group_size 1: has no advantage under --norm {args.norm}; give 2 or more")
     if args.minibatches == 1 and common.rank() == 0:
         print("--minibatches 1: the ratio is always 1, so that --clip_low and --clip_high do nothing")
     return args
@@ -144,7 +158,7 @@ def parse_args(argv=None):
 def main():
     args = parse_args()
     accelerator, model, optimizer, engine, problems, log = common.start(args)
-    ref_model = training.reference(args, model) if args.kl_coef > 0 else None
+    ref_model = common.load_reference(args, model) if args.kl_coef > 0 else None
     pool = GradePool()
     for step in range(log.first_step, args.steps + 1):
         # rollout: G responses to each prompt, from the current policy
@@ -161,7 +175,7 @@ def main():
         log.lap("generate", engine.waited())
 
         # reward
-        grades = common.spread(pool.grade, [(r.text, r.problem["answer"]) for r in batch])
+        grades = common.distributed_map(pool.grade, [(r.text, r.problem["answer"]) for r in batch])
         values = [1.0 if g.correct else float(args.wrong_reward) for g in grades]
         rewards = torch.tensor(values, device=accelerator.device).view(-1, args.group_size)  # (P, G)
 
@@ -170,24 +184,21 @@ def main():
         log.rollout(batch, grades, rewards, adv)
         log.lap("reward")
 
-        # loss weights: one number a response too, from the whole mini-batch, before it is shared out
+        # loss weights: one number a response too, from the whole mini-batch, before it is split
         lengths = torch.tensor([float(len(r.ids)) for r in batch], device=accelerator.device)  # (N,)
         parts = lengths.tensor_split(args.minibatches)
         weight = torch.cat([token_weights(part, args.loss_agg, args.max_response_len) for part in parts])  # (N,)
 
         # old policy: frozen for all mini-batches of this rollout
-        learned = (adv != 0) | (args.kl_coef > 0)  # (N,) bool; of the others the gradient is 0
-        minis = training.minibatches(batch, lengths > 0, learned, args.minibatches, args.tokens_per_gpu)
+        # a response without a gradient is not computed: one without an advantage, if no KL or entropy bonus is in the loss
+        has_gradient = (adv != 0) | (args.kl_coef > 0)  # (N,) bool
+        minis = common.minibatches(batch, lengths > 0, has_gradient, args.minibatches, args.tokens_per_gpu)
         packs = [pack for packs in minis for pack in packs]
         log.packs(minis)
-        fullest = sorted(packs, key=lambda pack: -len(pack.labels))[:1]
-        checked = packs if args.old_logp == "recompute" else fullest  # the engine's own are in the others
-        with torch.no_grad():
-            for pack in checked:
-                pack.old_logp, _ = training.logprobs(model, pack, args.temperature)  # (T,)
-            for pack in packs if ref_model else []:
-                pack.ref_logp, _ = training.logprobs(ref_model, pack, args.temperature)  # (T,)
-        common.check_engine(log, checked)
+        common.freeze_old_logp(log, model, packs)
+        for pack in packs if ref_model else []:
+            with torch.no_grad():
+                pack.ref_logp, _ = ref_model(pack, args.temperature)  # (T,)
         log.lap("old_logp")
 
         # update: each mini-batch is one optimizer step, each pack one forward and backward pass
@@ -195,29 +206,30 @@ def main():
         optimizer.param_groups[0]["lr"] = lr
         for packs in minis:
             for pack in packs:
-                logp, entropy = training.logprobs(model, pack, args.temperature)  # (T,)
+                logp, entropy = model(pack, args.temperature)  # (T,)
                 a, w = adv[pack.rows], weight[pack.rows]  # (T,)
-                loss, ratio = policy_loss(logp, pack.old_logp, a, args.clip_low, args.clip_high)  # (T,)
+                loss, ratio, low, high = policy_loss(logp, pack.old_logp, a, args.clip_low, args.clip_high)  # (T,)
                 if ref_model:
                     divergence = kl(logp, pack.ref_logp, args.kl_estimator)  # (T,)
+                    # to the reference, by `--kl_estimator`, mean over the trained tokens; only with `--kl_coef` above 0
                     log.mean("train/kl", divergence)
                     loss = loss + args.kl_coef * divergence
                 common.check_finite(log, step, pack, batch, loss)
                 accelerator.backward((loss * w).sum() * accelerator.num_processes)  # the sum over GPUs, not their mean
-                log.sum("train/loss", loss * w / args.minibatches)
+                log.sum("train/loss", loss * w / args.minibatches)  # mean over the mini-batches
+                # nats, mean over the trained tokens: those of responses with a gradient
                 log.mean("train/entropy", entropy)
-                low, high = (ratio < 1 - args.clip_low) & (a < 0), (ratio > 1 + args.clip_high) & (a > 0)  # (T,)
-                log.mean("train/clip_low", low)
-                log.mean("train/clip_high", high)
-                log.max("train/ratio_max", ratio)
+                log.mean("train/clip_low", low)  # share of tokens whose gradient the lower bound clips
+                log.mean("train/clip_high", high)  # share of tokens whose gradient the upper bound clips
+                log.max("train/ratio_max", ratio)  # the largest ratio
                 log.trained_tokens(batch, pack, ratio, entropy, a, low, high)
             grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
             if not math.isfinite(grad_norm):
-                raise SystemExit(f"step {step}: the norm of the gradient is {grad_norm}; it was not applied")
-            log.mean("train/grad_norm", grad_norm)
+                log.stop(f"step {step}: the norm of the gradient is {grad_norm}; it was not applied")
+            log.mean("train/grad_norm", grad_norm)  # before it is clipped
             optimizer.step()
             optimizer.zero_grad()
-        log.mean("train/lr", optimizer.param_groups[0]["lr"])
+        log.mean("train/lr", optimizer.param_groups[0]["lr"])  # read from the optimizer after the last update
         log.lap("update")
         log.write(step)
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:

@@ -16,7 +16,6 @@ the same problems give the same files, wherever they came from and in whatever o
 import argparse
 import functools
 import hashlib
-import json
 import math
 import os
 import random
@@ -29,7 +28,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import rewards  # noqa: E402
-from common import COUNT, Parser, fail, read_lines, write_aside  # noqa: E402
+from infra.flags import COUNT, Parser  # noqa: E402
+from infra.processes import fail  # noqa: E402
+from infra.runs import jsonl, read_jsonl, write_whole  # noqa: E402
 
 SEED = 42  # the paper's, appendix A.1
 SIZE = 5000  # problems in a tier, section 3.1
@@ -120,13 +121,8 @@ def read_file(path):
         except (pyarrow.ArrowInvalid, OSError) as error:
             fail(f"{path}: {str(error).splitlines()[0]}; was its download cut short?")
         return [(f"{path}, row {i}", row) for i, row in enumerate(rows, start=1)]
-    rows = []
-    for i, line in enumerate(read_lines(path), start=1):
-        try:
-            rows.append((f"{path}, line {i}", json.loads(line)))
-        except ValueError:
-            fail(f"{path}, line {i}: not JSON; was its download cut short?")
-    return rows
+    damaged = lambda i: fail(f"{path}, line {i}: not JSON; was its download cut short?")
+    return [(f"{path}, line {i}", row) for i, row in read_jsonl(path, damaged)]
 
 
 def column(row, names):
@@ -276,15 +272,15 @@ def choose(name, folder, size):
 
 
 def main(argv=None):
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    p.add_argument(
-        "sets", nargs="+", choices=[*TIERS, "eval", "all"], metavar="SET", help=f"{', '.join(TIERS)}, eval, all"
-    )
-    p.add_argument("--from", dest="folder", type=Path, help="local files instead of the hub's")
-    p.add_argument("--size", type=COUNT, default=SIZE, metavar="N", help=f"problems in easy, medium and hard [{SIZE}]")
-    p.add_argument(
-        "--out", type=Path, default=Path(__file__).parent, metavar="FOLDER", help="where the files go [data/]"
-    )
+    p = Parser(__file__, __doc__, {})
+    names = [*TIERS, "eval", "all"]
+    p.add_argument("sets", nargs="+", choices=names, metavar="SET", help=f"Which sets: {', '.join(names)}.")
+    text = "A folder of local files to read instead of the hub's."
+    p.add_argument("--from", dest="folder", type=Path, default=None, help=text)
+    text = f"Problems in easy, medium and hard. [{SIZE}]"
+    p.add_argument("--size", type=COUNT, default=SIZE, metavar="N", help=text)
+    text = "The folder the files go to. [data/]"
+    p.add_argument("--out", type=Path, default=Path(__file__).parent, metavar="FOLDER", help=text)
     args = p.parse_args(argv)
     if args.folder and not args.folder.is_dir():
         fail(f"--from {args.folder}: no such folder")
@@ -306,12 +302,10 @@ def main(argv=None):
         if rows is None:
             print(f"{name:14s}{expected:9,d}    none  {args.folder} has no file of it")
             continue
-        lines = [json.dumps(row) + "\n" for row in sorted(rows, key=lambda row: row["id"])]
-        write_aside(args.out / f"{name}.jsonl", "".join(lines))
-        found = digest("".join(lines))
-        verdict = (
-            "(not recorded)" if known is None else "as recorded" if known == found else f"but {known[:12]} is recorded"
-        )
+        text = jsonl(sorted(rows, key=lambda row: row["id"]))
+        write_whole(args.out / f"{name}.jsonl", text)
+        found = digest(text)
+        verdict = "as recorded" if known == found else f"but {known[:12]} is recorded" if known else "(not recorded)"
         print(f"{name:14s}{expected:9,d}{len(rows):8,d}  {found[:12]} {verdict} {note}")
 
 

@@ -26,9 +26,9 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import common  # noqa: E402
-import engines  # noqa: E402
 import rewards  # noqa: E402
+from data.problems import load_problems  # noqa: E402
+from infra import engines  # noqa: E402
 
 FOLDER = Path(__file__).parent / "tiny"
 LARGEST_TOTAL = 99  # every running total stays within 0..99: two digits, carries and borrows
@@ -271,12 +271,13 @@ def pretrain(model, batches, steps, learning_rate, name):
 def measure(style):
     """Prints pass@1 and pass@8 of a model on the evaluation sets, at temperature 1 and the limit of the laptop scale."""
     settings = dict(model=str(FOLDER / style), temperature=1.0, top_p=1.0, top_k=0, max_response_len=128, seed=0)
-    settings["vllm_tensor_parallel"] = 1
+    settings |= dict(vllm_tensor_parallel=1, max_prompt_len=64, template="chat", enable_thinking="on")
+    args = argparse.Namespace(**settings)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(FOLDER / style)
-    engine = engines.HfEngine(argparse.Namespace(**settings), tokenizer)
+    engine = engines.HfEngine(args, tokenizer)
     for name in SETS:
         if name.startswith("eval_"):
-            problems = common.load_problems(FOLDER / f"{name}.jsonl", tokenizer, max_prompt_len=64)
+            problems = load_problems(FOLDER / f"{name}.jsonl", tokenizer, args)
             batch = engine.generate(problems, 8, step=0)
             right = torch.tensor([rewards.math_reward(r.text, r.problem["answer"]) for r in batch]).view(-1, 8)
             length, cut = sum(len(r.ids) for r in batch) / len(batch), sum(r.truncated for r in batch) / len(batch)

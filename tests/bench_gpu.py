@@ -17,13 +17,11 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import common  # noqa: E402
-import engines  # noqa: E402
-import plan  # noqa: E402
-import training  # noqa: E402
+from infra import engines, flags, packs, plan, processes, runs  # noqa: E402
+from infra import policy as policy_module  # noqa: E402
 
 GIB = plan.GIB
-BASE = str(training.ROOT / "data" / "tiny" / "base")
+BASE = str(processes.ROOT / "data" / "tiny" / "base")
 SIZES = {  # hidden, inner, layers, heads; prompts, responses to each, tokens of a response; tokens of a pack
     "0.6B": ((1024, 3072, 28, 16), (16, 8, 2048), 16384),
     "4B": ((2560, 9728, 36, 32), (16, 4, 2048), 16384),
@@ -42,13 +40,13 @@ def make_model(size, folder):
         num_key_value_heads=8, head_dim=128, tie_word_embeddings=True, max_position_embeddings=32768, eos_token_id=1,
     )  # fmt: skip
     torch.manual_seed(0)
-    with torch.device(training.device()):
+    with torch.device(processes.device()):
         Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     AutoTokenizer.from_pretrained(BASE).save_pretrained(folder)
 
 
 def settings(model, tokens, response_len):
-    machine = {name: node for name, (_, node) in common.MACHINE.items()}
+    machine = {name: node for name, (_, node) in flags.MACHINE.items()}
     paper = dict(model=model, temperature=1.0, top_p=1.0, top_k=0, max_prompt_len=64, max_response_len=response_len)
     paper |= dict(eval_max_response_len=response_len, seed=1, lora_rank=0, lr=1e-6, weight_decay=0.0, reference=False)
     return argparse.Namespace(**machine | paper | {"tokens_per_gpu": tokens})
@@ -73,10 +71,8 @@ def free():
 
 
 def make_trainer(args):
-    lm = training.load_lm(args)
-    lm.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model = training.shard(training.Policy(lm, args.head_dtype), args)
-    return model, training.adam(args, list(model.parameters()))
+    model = policy_module.load_policy(args)
+    return model, policy_module.make_optimizer(args, model)
 
 
 def full_pack(args, longest):
@@ -84,11 +80,11 @@ def full_pack(args, longest):
     g, count = torch.Generator().manual_seed(0), args.tokens_per_gpu // (longest + 16)
     ids = [torch.randint(5, 90, (longest,), generator=g) for _ in range(count)]
     problem = {"id": "1", "prompt_ids": list(range(5, 21))}
-    return training.Pack([engines.Response(problem, x, torch.zeros(longest), True, "") for x in ids], range(count))
+    return packs.Pack([engines.Response(problem, x, torch.zeros(longest), True, "") for x in ids], range(count))
 
 
 def update(model, optimizer, pack):
-    logp, _ = training.logprobs(model, pack, 1.0)
+    logp, _ = model(pack, 1.0)
     (logp.sum() / len(logp)).backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -96,12 +92,13 @@ def update(model, optimizer, pack):
 
 def bench_training(args, shape, longest):
     """Forward, backward and step of a full pack, for each way to compute it"""
-    rates, found = plan.rates(plan.here()[2]), {}
+    rates, found = plan.rates(plan.local_gpus()[2]), {}
     ways = {"": {}, "head_dtype model": {"head_dtype": "model"}, "compile on": {"compile": "on"}}
     chunks = {f"HEAD_CHUNK {n}": n for n in (1024, 4096)}
     for name in [*ways, *chunks]:
         how = argparse.Namespace(**vars(args) | ways.get(name, {}))
-        usual, plan.HEAD_CHUNK = plan.HEAD_CHUNK, chunks.get(name, plan.HEAD_CHUNK)
+        usual = policy_module.HEAD_CHUNK
+        policy_module.HEAD_CHUNK = chunks.get(name, usual)
         free()
         before = torch.cuda.memory_allocated() if CUDA else 0
         model, optimizer = make_trainer(how)
@@ -116,16 +113,16 @@ def bench_training(args, shape, longest):
             row["planned_gib"] = sum(row[1] for row in plan.trainer(how, shape, 1).values()) / GIB
             row["mfu"] = shape.flops(pack.lengths) / seconds / rates[0] if rates else None
         found[name or "default"] = row
-        plan.HEAD_CHUNK = usual
+        policy_module.HEAD_CHUNK = usual
         del model, optimizer
     return found
 
 
-def bench_engine(args, tokenizer, prompts, n, length, kind):
+def bench_engine(args, shape, tokenizer, prompts, n, length, kind):
     """vLLM beside a trainer: what sleep gives back, what a step's switches cost, sampling in the loop against vLLM alone"""
     model, optimizer = make_trainer(args)
-    before = free()
-    start, engine = clock(kind, args, tokenizer)
+    before, cache = free(), int(plan.kv_cache(args, shape, 1, plan.local_gpus()[1])[0])
+    start, engine = clock(kind, args, tokenizer, cache)
     problems = [{"id": str(i), "prompt_ids": list(range(5, 21 + i))} for i in range(prompts)]
     how = engines.Sampling(1.0, 1.0, 0, length)
     times = {"wake": [], "load": [], "generate": [], "bare": [], "sleep": []}
@@ -143,9 +140,9 @@ def bench_engine(args, tokenizer, prompts, n, length, kind):
         times["sleep"].append(clock(engine.sleep)[0])
         left.append(free())
         if cycle < ROUNDS:
-            pack = training.Pack(batch, range(max(1, args.tokens_per_gpu // (length + 64))))
+            pack = packs.Pack(batch, range(max(1, args.tokens_per_gpu // (length + 64))))
             with torch.no_grad():
-                gap = training.logprobs(model, pack, 1.0)[0] - pack.engine_logp
+                gap = model(pack, 1.0)[0] - pack.engine_logp
             k3.append((gap.exp() - 1 - gap).mean().item())
     tokens = sum(len(r.ids) for r in batch)
     seconds = {name: statistics.median(values) for name, values in times.items()}
@@ -167,8 +164,7 @@ def main():
     p.add_argument("--only", choices=["training", "engine"])
     given = p.parse_args()
     _, (prompts, n, length), tokens = SIZES[given.size]
-    training.register_attention()
-    training.join_group()
+    processes.join_group()
     from transformers import AutoConfig, AutoTokenizer
 
     with tempfile.TemporaryDirectory() as folder:
@@ -176,14 +172,14 @@ def main():
         if model == folder:
             make_model(given.size, folder)
         args = settings(model, tokens, length)
-        shape = plan.shape(AutoConfig.from_pretrained(model))
-        found = {"versions": common.versions(), "size": given.size, "parameters": shape.params, "pack": tokens}
+        shape = plan.Shape(AutoConfig.from_pretrained(model))
+        found = {"versions": runs.versions(), "size": given.size, "parameters": shape.params, "pack": tokens}
         found["responses"] = f"{prompts * n} of {length} tokens"
         if given.only != "engine":
             found["training"] = bench_training(args, shape, length)
         if given.only != "training":
             kind = engines.VllmEngine if given.engine == "vllm" else engines.HfEngine
-            found["engine"] = bench_engine(args, AutoTokenizer.from_pretrained(model), prompts, n, length, kind)
+            found["engine"] = bench_engine(args, shape, AutoTokenizer.from_pretrained(model), prompts, n, length, kind)
     print(json.dumps(found, indent=1))
 
 

@@ -132,18 +132,18 @@ def run_trl(out, seed):
     import transformers
     import trl
 
-    import common
-    import training
+    from data import problems
+    from infra import processes
     from rewards import GradePool
 
-    training.use_cores()
+    processes.use_cores()
     count, _, limit = rollouts()
     model = Path(out).parent.parent / "model" if gpu() else ROOT / "data" / "tiny" / "base"
     if gpu():
         force_lengths(limit)
     tokenizer, pool, begun, means = transformers.AutoTokenizer.from_pretrained(model), GradePool(), [], []
     rows = [json.loads(line) for line in (ROOT / "data" / "tiny" / "hard.jsonl").read_text().splitlines()]
-    rows = [{"prompt": common.render(row["problem"], tokenizer), "answer": row["answer"]} for row in rows]
+    rows = [{"prompt": problems.render(row["problem"], tokenizer), "answer": row["answer"]} for row in rows]
 
     def reward(completions, answer, **_):
         right = [i % 2 == 0 for i in range(len(completions))]

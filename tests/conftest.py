@@ -1,5 +1,4 @@
 import importlib.util
-import json
 import os
 import shutil
 import subprocess
@@ -11,8 +10,8 @@ import pytest
 import torch
 
 import common
-import engines
-import training
+from infra import engines, flags, runs
+from infra import policy as policy_module
 
 
 def pytest_configure(config):
@@ -23,7 +22,8 @@ def pytest_configure(config):
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ["grpo", "dapo", "lite_ppo"]
-SHARED = ["common", "engines", "plan", "rewards", "training"]
+INFRA = sorted(path.stem for path in ROOT.glob("infra/*.py"))
+SHARED = ["common.py", *(f"infra/{name}.py" for name in INFRA)]
 BASE = str(ROOT / "data" / "tiny" / "base")
 SMALL = [  # a run of seconds: two rollouts of sixteen short responses, that learns
     *("--data", "easy", "--lr", "3e-4"),
@@ -39,11 +39,10 @@ def policy():
 
 
 def load_policy(model=BASE, lora_rank=0):
-    """With a rank: an adapter that is not 0, the same every time"""
-    training.register_attention()
-    args = engine_args(model=model, lora_rank=lora_rank)
-    lm = training.load_lm(args)
-    policy = training.Policy(training.add_adapter(lm, args) if lora_rank else lm)
+    """Not sharded. With a rank: an adapter that is not 0, the same every time"""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(policy_module, "shard", lambda model, args: model)
+        policy = policy_module.load_policy(engine_args(model=model, lora_rank=lora_rank))
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, p in policy.named_parameters():
@@ -65,9 +64,9 @@ def make_batch(count=12, seed=0, longest=60):
 
 
 def engine_args(**changes):
-    settings = dict(model=BASE, temperature=1.0, top_p=1.0, top_k=0, max_prompt_len=64, max_response_len=64, seed=1)
-    settings |= {"lora_rank": 0, "reference": False}
-    machine = {name: laptop for name, (laptop, _) in common.MACHINE.items()}
+    settings = dict(model=BASE, template="chat", enable_thinking="on", temperature=1.0, top_p=1.0, top_k=0, max_prompt_len=64, max_response_len=64, seed=1)
+    settings |= {"lora_rank": 0, "reference": False, "lr": 1e-4, "weight_decay": 0.0}
+    machine = {name: laptop for name, (laptop, _) in flags.MACHINE.items()}
     return Namespace(**(machine | settings | dict(eval_max_response_len=64) | changes))
 
 
@@ -79,7 +78,7 @@ def run_main(monkeypatch, script, *flags):
 
 
 def read_metrics(folder):
-    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [row for _, row in runs.read_jsonl(Path(folder) / "metrics.jsonl")]
 
 
 def without_times(row):
@@ -88,22 +87,20 @@ def without_times(row):
 
 def make_parser(script):
     """The parser of a script's parse_args(), with all its flags."""
-    made, parser = [], common.parser
+    made, parse_args = [], flags.Parser.parse_args
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "parser", lambda *a: made.append(parser(*a)) or made[0])
-        patch.setattr(common, "parse_args", lambda *_, **__: sys.exit())
-        with pytest.raises(SystemExit):
-            script.parse_args([])
+        patch.setattr(flags.Parser, "parse_args", lambda p, argv: made.append(p) or parse_args(p, argv))
+        script.parse_args(["--scale", "laptop"])
     return made[0]
 
 
 def copy_project(folder, patch=None):
     """The scripts, their tests and what they need in another folder, with this patch applied."""
-    for pattern in ("*.py", "pyproject.toml", "plots/*.py", "tests/*.py"):
+    for pattern in ("*.py", "pyproject.toml", "infra/*.py", "data/*.py", "plots/*.py", "tests/*.py"):
         for file in ROOT.glob(pattern):
             (folder / file.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, folder / file.relative_to(ROOT))
-    (folder / "data").symlink_to(ROOT / "data")
+    (folder / "data" / "tiny").symlink_to(ROOT / "data" / "tiny")
     if patch:
         outside = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}  # git looks for no repository around it
         subprocess.run(["git", "apply", patch], cwd=folder, env=outside, check=True)

@@ -6,12 +6,12 @@ import subprocess
 import sys
 
 import pytest
-from conftest import BASE, ROOT, SMALL, run_main
+from conftest import BASE, ROOT, SMALL, engine_args, run_main
 
-import common
 import dapo
 import grpo
 import lite_ppo
+from data import problems
 
 GOOD = json.dumps({"problem": "what is 1 + 2?", "answer": "3"})
 
@@ -189,7 +189,7 @@ def test_a_line_separator_within_a_problem_is_no_new_line(tmp_path):
 
     path = tmp_path / "mine.jsonl"
     path.write_text(json.dumps({"problem": "what is\u2028 1 + 2?", "answer": 3}, ensure_ascii=False) + "\n")
-    [row] = common.load_problems(path, AutoTokenizer.from_pretrained(BASE), 64)
+    [row] = problems.load_problems(path, AutoTokenizer.from_pretrained(BASE), engine_args())
     assert row["answer"] == "3" and row["id"] == "mine-1"
 
 

@@ -7,8 +7,7 @@ import pytest
 import torch
 from conftest import BASE, engine_args, load_policy
 
-import engines
-import training
+from infra import engines, packs
 
 PROMPTS = ["what is 1 + 2?", "what is 17 - 5 + 3?", "what is 40 + 20 - 13 + 9?", "what is 7 + 7 + 7?"]
 
@@ -46,9 +45,9 @@ def generate(engine, policy, n=8, problems=None, step=0, sampling=None):
 
 
 def gap(policy, batch, temperature=1.0):
-    pack = training.Pack(batch, range(len(batch)))
+    pack = packs.Pack(batch, range(len(batch)))
     with torch.no_grad():
-        return training.logprobs(policy, pack, temperature)[0] - pack.engine_logp
+        return policy(pack, temperature)[0] - pack.engine_logp
 
 
 def test_load_brings_the_weights(engine):

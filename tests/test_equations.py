@@ -159,11 +159,12 @@ CORNERS = [  # ratio, A, loss, gradient
 def test_policy_loss(ratio, adv, loss, gradient):
     old = torch.tensor([-1.0])
     logp = (old + torch.tensor([ratio]).log()).requires_grad_()
-    got, got_ratio = policy_loss(logp, old, torch.tensor([adv]), 0.2, 0.28)
+    got, got_ratio, low, high = policy_loss(logp, old, torch.tensor([adv]), 0.2, 0.28)
     got.sum().backward()
     near(got.detach(), [loss])
     near(got_ratio.detach(), [ratio])
     near(logp.grad, [gradient])
+    assert (low.item(), high.item()) == (gradient == 0 and ratio < 1, gradient == 0 and ratio > 1)  # what was clipped
 
 
 # --------------------------------------------------------------------------------------------------------- kl (grpo.py)

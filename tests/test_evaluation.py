@@ -6,35 +6,35 @@ import math
 from types import SimpleNamespace
 
 import pytest
-from conftest import BASE, ROOT, SMALL, load_module, read_metrics, run_main
+from conftest import BASE, ROOT, SMALL, engine_args, load_module, read_metrics, run_main
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-import common
-import engines
 import lite_ppo
+from data import evaluation, problems
+from infra import engines
 
 # ------------------------------------------------------------------------------------------------------------ numbers
 
 
 def test_pass_at_k():
     """5 responses, 2 right: of the 10 choices of 3 only one holds no right one, 1 - 1/10"""
-    assert common.pass_at_k(5, 2, 3) == pytest.approx(0.9)
-    assert common.pass_at_k(8, 0, 8) == 0 and common.pass_at_k(8, 1, 8) == 1 and common.pass_at_k(8, 8, 1) == 1
-    assert common.pass_at_k(8, 2, 1) == pytest.approx(2 / 8)  # avg@8
+    assert evaluation.pass_at_k(5, 2, 3) == pytest.approx(0.9)
+    assert evaluation.pass_at_k(8, 0, 8) == 0 and evaluation.pass_at_k(8, 1, 8) == 1 and evaluation.pass_at_k(8, 8, 1) == 1
+    assert evaluation.pass_at_k(8, 2, 1) == pytest.approx(2 / 8)  # avg@8
 
 
 @pytest.mark.parametrize("n, right, k", [(6, 2, 3), (7, 1, 4), (5, 3, 2)])
 def test_pass_at_k_is_the_mean_over_all_choices(n, right, k):
     choices = list(itertools.combinations(range(n), k))
-    assert common.pass_at_k(n, right, k) == pytest.approx(sum(min(choice) < right for choice in choices) / len(choices))
+    assert evaluation.pass_at_k(n, right, k) == pytest.approx(sum(min(choice) < right for choice in choices) / len(choices))
 
 
 def test_summary():
     """Three problems with 2, 1 and 0 of 2 right: accuracies 1, 0.5, 0; mean 0.5; deviation 0.5, over sqrt(3)"""
     graded = [(True, 10), (True, 20), (False, 30), (True, 40), (False, 50), (False, 60)]
     samples = [{"correct": c, "tokens": t, "truncated": t == 60, "error": "timeout" * (t == 50)} for c, t in graded]
-    found = common.summary(samples, n=2, k=2)
+    found = evaluation.summary(samples, n=2, k=2)
     assert found["accuracy"] == 0.5 and found["accuracy_se"] == pytest.approx(0.5 / math.sqrt(3))
     assert found["pass@2"] == pytest.approx(2 / 3)  # 1, 1, 0: deviation sqrt(1/3), over sqrt(3)
     assert found["pass@2_se"] == pytest.approx(1 / 3)
@@ -122,14 +122,14 @@ def qwen3():
 
 
 def test_the_prompt(qwen3):
-    assert common.render("What is {1} + 1?", qwen3) == CHAT
-    assert common.render("What is {1} + 1?", qwen3, enable_thinking="off") == CHAT + "<think>\n\n</think>\n\n"
-    assert common.render("What is {1} + 1?", qwen3, template="plain") == PLAIN
+    assert problems.render("What is {1} + 1?", qwen3) == CHAT
+    assert problems.render("What is {1} + 1?", qwen3, enable_thinking="off") == CHAT + "<think>\n\n</think>\n\n"
+    assert problems.render("What is {1} + 1?", qwen3, template="plain") == PLAIN
 
 
 def test_the_prompt_has_its_marks_as_tokens(qwen3, tmp_path):
     (tmp_path / "p.jsonl").write_text('{"problem": "p", "answer": "1"}\n')
-    [row] = common.load_problems(tmp_path / "p.jsonl", qwen3, 100)
+    [row] = problems.load_problems(tmp_path / "p.jsonl", qwen3, engine_args(max_prompt_len=100))
     assert [i for i in row["prompt_ids"] if i] == [2, 3, 2, 3, 2]  # start and end of two turns, start of the third
 
 
@@ -145,16 +145,16 @@ def test_templates_that_cannot_be(qwen3, monkeypatch, capsys):
 
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda _: qwen3)
     args = SimpleNamespace(model="m", template="chat", enable_thinking="off")
-    assert common.load_tokenizer(args) is qwen3
+    assert problems.load_tokenizer(args) is qwen3
     qwen3.chat_template = "{{ messages[0].content }}"
     with pytest.raises(SystemExit):
-        common.load_tokenizer(args)
+        problems.load_tokenizer(args)
     assert "--enable_thinking off: the chat template of m has no such switch" in capsys.readouterr().err
     qwen3.chat_template = None
     with pytest.raises(SystemExit):
-        common.load_tokenizer(SimpleNamespace(model="m", template="chat", enable_thinking="on"))
+        problems.load_tokenizer(SimpleNamespace(model="m", template="chat", enable_thinking="on"))
     assert "give --template plain" in capsys.readouterr().err
-    assert common.load_tokenizer(SimpleNamespace(model="m", template="plain", enable_thinking="on")) is qwen3
+    assert problems.load_tokenizer(SimpleNamespace(model="m", template="plain", enable_thinking="on")) is qwen3
 
 
 # ----------------------------------------------------------------------------------------------------------- difficulty
@@ -181,7 +181,7 @@ def test_difficulty(two_sets, monkeypatch, capsys):
     assert sum(counts["easy"]) > sum(counts["hard"]) > 0
     assert (two_sets / "difficulty.png").stat().st_size > 5000
 
-    monkeypatch.setattr(common, "start_engine", lambda args: pytest.fail("sampled again"))
+    monkeypatch.setattr(difficulty, "start_engine", lambda args: pytest.fail("sampled again"))
     difficulty.main(["--scale", "laptop", "--data", data, "--keep", "1", "6"])
     kept = (two_sets / "eval_easy_1_6.jsonl").read_text().splitlines()
     lines = (two_sets / "eval_easy.jsonl").read_text().splitlines()

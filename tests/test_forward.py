@@ -7,8 +7,8 @@ from conftest import BASE, load_policy, make_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import plan
-import training
+from infra import packs
+from infra import policy as policy_module
 
 
 def one_at_a_time(lm, response, temperature):
@@ -23,11 +23,11 @@ def one_at_a_time(lm, response, temperature):
 def test_packed_equals_one_sequence_at_a_time(policy, temperature, monkeypatch):
     from transformers import AutoModelForCausalLM
 
-    monkeypatch.setattr(plan, "HEAD_CHUNK", 37)  # several chunks, the last one short
+    monkeypatch.setattr(policy_module, "HEAD_CHUNK", 37)  # several chunks, the last one short
     plain = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32, attn_implementation="eager")
     batch = make_batch()
-    pack = training.Pack(batch, range(len(batch)))
-    logp, entropy = training.logprobs(policy, pack, temperature)
+    pack = packs.Pack(batch, range(len(batch)))
+    logp, entropy = policy(pack, temperature)
     want = [torch.cat(x) for x in zip(*[one_at_a_time(plain, r, temperature) for r in batch])]
     torch.testing.assert_close(logp, want[0], atol=1e-5, rtol=1e-5)  # of values down to -20 nats
     torch.testing.assert_close(entropy, want[1], atol=1e-5, rtol=1e-5)
@@ -40,13 +40,17 @@ def test_packed_equals_one_sequence_at_a_time(policy, temperature, monkeypatch):
         torch.testing.assert_close(got[name].grad, p.grad, atol=1e-5 * float(p.grad.abs().max()), rtol=1e-4, msg=name)
 
 
+def head_of(h, weight, labels, temperature=1.0, dtype=torch.float32):
+    return policy_module.LogprobEntropy.apply(h, weight, labels, temperature, dtype)
+
+
 @pytest.mark.parametrize("loss", ["logp", "entropy", "both"])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("tokens", [1, 64, 100])
 def test_chunked_head_equals_the_dense_one(tokens, temperature, loss, monkeypatch):
-    monkeypatch.setattr(plan, "HEAD_CHUNK", 64)
+    monkeypatch.setattr(policy_module, "HEAD_CHUNK", 64)
     torch.manual_seed(0)
-    head, h, labels = training.LogprobHead(16, 50, bias=False), torch.randn(tokens, 16), torch.randint(50, (tokens,))
+    head, h, labels = torch.nn.Linear(16, 50, bias=False), torch.randn(tokens, 16), torch.randint(50, (tokens,))
     sides = []
     for dense in (True, False):
         x = h.clone().requires_grad_()
@@ -55,38 +59,37 @@ def test_chunked_head_equals_the_dense_one(tokens, temperature, loss, monkeypatc
             all_logp = logits.log_softmax(-1)
             logp, entropy = all_logp.gather(1, labels[:, None])[:, 0], -(all_logp.exp() * all_logp).sum(-1)
         else:
-            logp, entropy = head(x, labels, temperature)
+            logp, entropy = head_of(x, head.weight, labels, temperature)
         total = {"logp": logp, "entropy": entropy, "both": logp + 0.3 * entropy}[loss].sum()
         sides.append([logp, entropy, *torch.autograd.grad(total, [x, head.weight])])
     for got, want in zip(*sides):
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
     head.requires_grad_(False)
-    logp, entropy = head(x, labels, temperature)
+    logp, entropy = head_of(x, head.weight, labels, temperature)
     total = {"logp": logp, "entropy": entropy, "both": logp + 0.3 * entropy}[loss].sum()
     torch.testing.assert_close(torch.autograd.grad(total, x)[0], sides[1][2])  # frozen, as with LoRA
 
 
 def test_chunked_head_agrees_with_torch():
     torch.manual_seed(0)
-    head, h, labels = training.LogprobHead(16, 50, bias=False), torch.randn(30, 16), torch.randint(50, (30,))
+    head, h, labels = torch.nn.Linear(16, 50, bias=False), torch.randn(30, 16), torch.randint(50, (30,))
     want = -F.cross_entropy(head(h), labels, reduction="none")
-    torch.testing.assert_close(head(h, labels)[0], want, atol=1e-5, rtol=0)
+    torch.testing.assert_close(head_of(h, head.weight, labels)[0], want, atol=1e-5, rtol=0)
 
 
 def test_the_head_is_in_fp32_under_a_bf16_model():
     """Unless --head_dtype model."""
-    head, h, labels = training.LogprobHead(16, 50, bias=False).bfloat16(), torch.randn(30, 16), torch.randint(50, (30,))
+    head, h, labels = torch.nn.Linear(16, 50, bias=False).bfloat16(), torch.randn(30, 16), torch.randint(50, (30,))
     want = F.linear(h.bfloat16().float(), head.weight.float()).log_softmax(-1).gather(1, labels[:, None])[:, 0]
-    got, _ = head(h.bfloat16(), labels)
+    got, _ = head_of(h.bfloat16(), head.weight, labels)
     torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
-    head.dtype = None
-    coarse, _ = head(h.bfloat16(), labels)
+    coarse, _ = head_of(h.bfloat16(), head.weight, labels, dtype=torch.bfloat16)
     assert coarse.dtype == torch.float32 and 1e-4 < (coarse - want).abs().max() < 0.05
 
 
 def test_the_last_token_is_trained_and_the_prompt_is_not():
     batch = make_batch(3)
-    pack = training.Pack(batch, [2, 0])
+    pack = packs.Pack(batch, [2, 0])
     assert pack.labels.tolist() == batch[2].ids.tolist() + batch[0].ids.tolist()
     assert pack.rows.tolist() == [2] * len(batch[2].ids) + [0] * len(batch[0].ids)
     first = len(batch[2].problem["prompt_ids"])
@@ -94,7 +97,7 @@ def test_the_last_token_is_trained_and_the_prompt_is_not():
 
 
 def test_an_empty_pack_takes_part_and_changes_nothing(policy):
-    logp, entropy = training.logprobs(policy, training.Pack([], []), 1.0)
+    logp, entropy = policy(packs.Pack([], []), 1.0)
     assert logp.shape == entropy.shape == (0,)
     logp.sum().backward()
     assert all(p.grad is not None and p.grad.abs().max() == 0 for p in policy.parameters())
@@ -109,30 +112,30 @@ def test_every_response_is_trained_once(seed, minibatches, processes, budget, da
     counted, learned = (torch.tensor(data.draw(st.lists(st.booleans(), min_size=12, max_size=12))) for _ in "cl")
     plans = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "world", lambda: processes)
+        patch.setattr(packs, "world", lambda: processes)
         for r in range(processes):
-            patch.setattr(training, "rank", lambda r=r: r)
-            plans.append(training.minibatches(batch, counted, learned, minibatches, budget))
+            patch.setattr(packs, "rank", lambda r=r: r)
+            plans.append(packs.minibatches(batch, counted, learned, minibatches, budget))
     for m in range(minibatches):
-        packs = [pack for plan in plans for pack in plan[m]]
+        made = [pack for plan in plans for pack in plan[m]]
         first = sum(12 // minibatches + (k < 12 % minibatches) for k in range(m))  # the first ones are longer by one
         part = range(first, first + 12 // minibatches + (m < 12 % minibatches))
         want = [i for i in part if counted[i] and learned[i]]
-        assert bool(packs) == any(counted[i] for i in part)  # a step is taken, be it with a gradient of 0
-        assert sorted({i for pack in packs for i in pack.rows.tolist()}) == want
-        assert sum(len(pack.labels) for pack in packs) == sum(len(batch[i].ids) for i in want)
+        assert bool(made) == any(counted[i] for i in part)  # a step is taken, be it with a gradient of 0
+        assert sorted({i for pack in made for i in pack.rows.tolist()}) == want
+        assert sum(len(pack.labels) for pack in made) == sum(len(batch[i].ids) for i in want)
         assert (
             len({len(plan[m]) for plan in plans}) == 1
         )  # as many on every process, or they wait for each other forever
-        assert all(len(pack.ids) <= budget for pack in packs)
+        assert all(len(pack.ids) <= budget for pack in made)
 
 
 def gradient(batch, minibatches, budget):
     policy = load_policy()
     weight = torch.rand(len(batch), generator=torch.Generator().manual_seed(1))
-    for packs in training.minibatches(batch, *torch.ones(2, 12), minibatches, budget):
-        for pack in packs:
-            logp, _ = training.logprobs(policy, pack, 1.0)
+    for mini in packs.minibatches(batch, *torch.ones(2, 12), minibatches, budget):
+        for pack in mini:
+            logp, _ = policy(pack, 1.0)
             (logp * weight[pack.rows]).sum().backward()
     return torch.cat([p.grad.flatten() for p in policy.parameters()])
 
@@ -148,4 +151,4 @@ def test_this_torch_takes_the_call_of_the_gpu_branch():
     """Shapes and arguments alone, on the meta device; the numbers are for `-m gpu`."""
     q, k, v = (torch.empty(1, heads, 20, 64, device="meta") for heads in (8, 4, 4))
     starts = torch.tensor([0, 5, 20], dtype=torch.int32, device="meta")
-    assert training.varlen_attention(q, k, v, starts, 15, 0.125).shape == (1, 20, 8, 64)
+    assert policy_module.varlen_attention(q, k, v, starts, 15, 0.125).shape == (1, 20, 8, 64)

@@ -4,7 +4,6 @@ vLLM's sleep mode, the trainer in bf16, the plan's peaks, whole runs. The model 
 for its memory to show. tests/bench_gpu.py measures speed.
 """
 
-import argparse
 import gc
 import subprocess
 import sys
@@ -14,10 +13,8 @@ import torch
 from conftest import BASE, ROOT, engine_args, load_policy, make_batch, read_metrics
 from test_engine import generate, make_problems
 
-import common
-import engines
-import plan
-import training
+from infra import engines, packs, plan, runs
+from infra import policy as policy_module
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 GIB = 2**30
@@ -52,7 +49,7 @@ def model(tmp_path_factory):
 @pytest.fixture
 def policy(model):
     """As the trainer holds it: fp32 weights, computing in bf16"""
-    return training.shard(load_policy(model), engine_args(sharding="fsdp"))
+    return policy_module.shard(load_policy(model), engine_args(sharding="fsdp"))
 
 
 @pytest.fixture(scope="module")
@@ -61,17 +58,16 @@ def engine(model):
     from transformers import AutoTokenizer
 
     before = free()  # no trainer on the GPU yet
-    engine = engines.VllmEngine(
-        engine_args(model=model, max_response_len=256, kv_cache_gib=24), AutoTokenizer.from_pretrained(model)
-    )
+    args = engine_args(model=model, max_response_len=256)
+    engine = engines.VllmEngine(args, AutoTokenizer.from_pretrained(model), kv_cache_bytes=24 * GIB)
     yield engine, before
     engine.close()
 
 
 def gap(policy, batch):
-    pack = training.Pack(batch, range(len(batch)))
+    pack = packs.Pack(batch, range(len(batch)))
     with torch.no_grad():
-        return training.logprobs(policy, pack, 1.0)[0] - pack.engine_logp
+        return policy(pack, 1.0)[0] - pack.engine_logp
 
 
 def k3(d):
@@ -108,8 +104,8 @@ def test_load_after_wake_gives_the_trainers_log_probabilities(engine, policy, mo
         shake(policy, model, seed)
         stale = gap(policy, batch)
         print(f"k3 fresh {k3(fresh):.1e}, stale {k3(stale):.1e}; mean |gap| fresh {fresh.abs().mean():.4f}")
-        assert k3(fresh) < 1e-3 and fresh.clamp(min=0).mean() < common.STALE[torch.bfloat16]
-        assert k3(stale) > 1e-2 and stale.clamp(min=0).mean() > common.STALE[torch.bfloat16]
+        assert k3(fresh) < 1e-3 and fresh.clamp(min=0).mean() < runs.STALE[torch.bfloat16]
+        assert k3(stale) > 1e-2 and stale.clamp(min=0).mean() > runs.STALE[torch.bfloat16]
 
 
 def test_twenty_cycles_leak_nothing(engine, policy, model):
@@ -137,7 +133,7 @@ def test_varlen_equals_one_sequence_at_a_time(policy, model):
 
     plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="sdpa").cuda()
     batch, rows = make_batch(8), []
-    logp, _ = training.logprobs(policy, training.Pack(batch, range(8)), 1.0)
+    logp, _ = policy(packs.Pack(batch, range(8)), 1.0)
     logp.sum().backward()
     for r in batch:
         ids = torch.cat([torch.tensor(r.problem["prompt_ids"]), r.ids]).cuda()
@@ -148,7 +144,7 @@ def test_varlen_equals_one_sequence_at_a_time(policy, model):
     grads = [lm.get_submodule("model.layers.0.self_attn.q_proj").weight.grad for lm in (policy.lm, plain)]
     assert grads[0].dtype == torch.float32
     assert (logp - torch.cat(rows)).abs().mean() < 0.02  # bf16 on both sides
-    assert torch.nn.functional.cosine_similarity(*(training.gathered(g).flatten() for g in grads), dim=0) > 0.99
+    assert torch.nn.functional.cosine_similarity(*(policy_module.unsharded(g).flatten() for g in grads), dim=0) > 0.99
 
 
 @pytest.mark.parametrize("layers, tokens", [(2, 4096), (12, 32768)])
@@ -164,20 +160,18 @@ def test_the_plans_peak(layers, tokens, model, tmp_path):
     args = engine_args(model=str(tmp_path), sharding="fsdp", tokens_per_gpu=tokens)
     free()
     before = torch.cuda.memory_allocated()
-    lm = training.load_lm(args)
-    lm.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    policy = training.shard(training.Policy(lm), args)
-    optimizer = training.adam(argparse.Namespace(lr=1e-6, weight_decay=0), list(policy.parameters()))
+    policy = policy_module.load_policy(args)
+    optimizer = policy_module.make_optimizer(args, policy)
     batch = make_batch(tokens // 16, longest=30)
     lengths = [len(r.problem["prompt_ids"]) + len(r.ids) for r in batch]
-    pack = training.Pack(batch, range(max(i for i in range(len(batch)) if sum(lengths[:i]) <= tokens)))
+    pack = packs.Pack(batch, range(max(i for i in range(len(batch)) if sum(lengths[:i]) <= tokens)))
     torch.cuda.reset_peak_memory_stats()
     for _ in range(2):
-        logp, _ = training.logprobs(policy, pack, 1.0)
+        logp, _ = policy(pack, 1.0)
         logp.sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-    s = plan.shape(config)
+    s = plan.Shape(config)
     peak = torch.cuda.max_memory_allocated() - before - 16 * s.params
     planned = sum(row[1] for row in plan.trainer(args, s, 1).values()) - 16 * s.params
     print(

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,10 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-import common
-import engines
-import plan
-import training
+from infra import engines, flags, packs, plan
+from infra import policy as policy_module
 
 GIB = plan.GIB
 SIZES = {  # of Qwen3, from their configurations
@@ -33,7 +32,7 @@ def config(size, **changes):
 
 def node_args(**changes):
     """The paper's settings on a node"""
-    node = {name: value for name, (_, value) in common.MACHINE.items()}
+    node = {name: value for name, (_, value) in flags.MACHINE.items()}
     paper = dict(
         model="Qwen/Qwen3-4B-Base", prompts_per_step=128, group_size=8, steps=500, old_logp="recompute", lora_rank=0
     )
@@ -71,16 +70,15 @@ def meta_policy(config, monkeypatch):
     from transformers import AttentionInterface, AutoModelForCausalLM
 
     monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda positions: None)
-    training.register_attention()
 
     def varlen(module, q, k, v, mask, scaling=None, dropout=0.0, *, cu_seq_lens_q, max_length_q, **_):
-        return training.varlen_attention(q, k, v, cu_seq_lens_q, max_length_q, scaling), None
+        return policy_module.varlen_attention(q, k, v, cu_seq_lens_q, max_length_q, scaling), None
 
     AttentionInterface.register("varlen", varlen)  # what `packed` is on a GPU
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="varlen")
     lm.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return training.Policy(lm)
+    return policy_module.Policy(lm)
 
 
 @pytest.mark.parametrize("size, tokens", [("4B", 32768), ("4B", 16384), ("8B", 32768), ("0.6B", 8192)])
@@ -90,49 +88,50 @@ def test_the_plans_activations_are_those_of_a_pass(size, tokens, monkeypatch):
     ids, starts = torch.empty(tokens, dtype=torch.long, device="meta"), torch.empty(5, dtype=torch.int32, device="meta")
     parameters = list(policy.parameters())
     with Live([*parameters, *policy.buffers()]) as live:
-        logp, entropy = policy(ids, ids, starts, tokens // 4, ids, ids, 1.0)
+        fields = dict(ids=ids, positions=ids, select=ids, labels=ids, starts=starts, longest=tokens // 4)
+        logp, entropy = policy(SimpleNamespace(**fields), 1.0)
         logp.sum().backward()
-    s = plan.shape(config(size))
+    s = plan.Shape(config(size))
     assert s.params == sum(p.numel() for p in parameters)
     # here all weights' bf16 gradients are alive when the first layer is done; in a run they leave layer by layer
-    gradients, kept = 2 * s.params, tokens * plan.kept(s)
-    in_a_layer, in_the_head = tokens * plan.in_a_layer(s), plan.in_the_head(s, False)
+    gradients, kept = 2 * s.params, tokens * s.checkpointed
+    in_a_layer, in_the_head = tokens * s.in_a_layer, s.in_the_head(False)
     want = max(kept + in_the_head, kept + in_a_layer + 2 * s.head, gradients + in_a_layer)
     print(f"{size}, {tokens} tokens: {live.peak / GIB:.2f} GiB, planned {want / GIB:.2f}")
     assert live.peak == pytest.approx(want, rel=0.15)
 
 
 def test_no_tensor_of_all_tokens_and_words_is_made():
-    """A vocabulary of 50,000 words: the largest tensor is a chunk's, and the chunks do not pile up."""
+    """A vocabulary of 50,000 tokens: the largest tensor is a chunk's, and the chunks do not pile up."""
     from transformers import AutoModelForCausalLM, Qwen3Config
 
-    words, tokens = 50_000, 3 * plan.HEAD_CHUNK + 100
+    words, tokens = 50_000, 3 * policy_module.HEAD_CHUNK + 100
     small = Qwen3Config(
         vocab_size=words, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1,
         num_key_value_heads=1, head_dim=16, tie_word_embeddings=True,
     )  # fmt: skip
-    training.register_attention()
-    policy = training.Policy(AutoModelForCausalLM.from_config(small, attn_implementation="packed"))
+    load_policy()  # transformers knows the packed attention from here on
+    policy = policy_module.Policy(AutoModelForCausalLM.from_config(small, attn_implementation="packed"))
     long = engines.Response(
         {"id": "1", "prompt_ids": [1]}, torch.arange(tokens) % words, torch.zeros(tokens), False, ""
     )
-    pack = training.Pack([long], [0])
+    pack = packs.Pack([long], [0])
     with Live(policy.parameters()) as live:
-        logp, entropy = training.logprobs(policy, pack, 1.0)
+        logp, entropy = policy(pack, 1.0)
         logp.sum().backward()
-    chunk = 4 * plan.HEAD_CHUNK * words
+    chunk = 4 * policy_module.HEAD_CHUNK * words
     assert max(live.sizes) <= chunk < 4 * tokens * words
     assert live.peak < 2.5 * chunk  # two at a time: the words' log-probabilities, and what is made of them
     assert live.now < 0.2 * chunk  # nothing stays until the outputs go
 
 
 def test_memory_by_hand():
-    """Qwen3-4B on eight GPUs: 4,022,468,096 parameters, 4 + 8 + 4 bytes each, shared by 8."""
-    s = plan.shape(config("4B"))
+    """Qwen3-4B on eight GPUs: 4,022,468,096 parameters, 4 + 8 + 4 bytes each, sharded over 8."""
+    s = plan.Shape(config("4B"))
     assert s.params == 4_022_468_096 and s.head == 151936 * 2560 and s.tied and s.layers == 36
     rows = plan.memory(node_args(), s, 8)
     assert rows["weights, fp32"] == (4 * s.params / 8,) * 2
-    assert rows["Adam's two averages"] == (s.params,) * 2 and rows["gradients, fp32"] == (0, s.params / 2)
+    assert rows["Adam's moments"] == (s.params,) * 2 and rows["gradients, fp32"] == (0, s.params / 2)
     assert rows["vLLM's weights"] == (2 * s.params, 0)
     _, token = plan.kv_cache(node_args(), s, 8, 80)
     assert token == 36 * 8 * 128 * 2 * 2  # layers, heads, their size, keys and values, two bytes: 144 KiB
@@ -141,7 +140,7 @@ def test_memory_by_hand():
     assert plan.memory(node_args(vllm_tensor_parallel=2), s, 8)["vLLM's weights"] == (s.params, 0)
     assert plan.memory(node_args(reference=True), s, 8)["reference, bf16"] == (s.params / 4,) * 2
     lora = plan.memory(node_args(lora_rank=16, reference=True), s, 8)
-    assert lora["Adam's two averages"][0] == 16 * s.lora and "reference, bf16" not in lora  # 8 bytes, 8 GPUs
+    assert lora["Adam's moments"][0] == 16 * s.lora and "reference, bf16" not in lora  # 8 bytes, 8 GPUs
     linear = 2560 * (4096 + 1024 + 1024) + 4096 * 2560 + 3 * 2560 * 9728  # of a layer
     assert s.layer == linear + 2 * 2560 + 2 * 128  # norms
     assert s.lora == 36 * (2 * (2560 + 4096) + 2 * (2560 + 1024) + 3 * (2560 + 9728))
@@ -151,14 +150,14 @@ def test_memory_by_hand():
 def test_work_is_what_torch_counts(lora_rank):
     """Forward and backward of dense layers. Attention, which torch counts without the causal half, is put aside on both sides."""
     policy, batch = load_policy(lora_rank=lora_rank), make_batch(4)
-    pack = training.Pack(batch, range(4))
+    pack = packs.Pack(batch, range(4))
     with FlopCounterMode(display=False) as counter:
-        logp, _ = training.logprobs(policy, pack, 1.0)
+        logp, _ = policy(pack, 1.0)
         logp.sum().backward()
     dense = sum(n for op, n in counter.get_flop_counts()["Global"].items() if op.__name__.startswith(("mm", "addmm")))
-    s = plan.shape(load_policy().lm.config)
+    s = plan.Shape(load_policy().lm.config)
     attention = 6 * s.layers * s.q * sum(n * n for n in pack.lengths)
-    planned = s.flops(pack.lengths, lora_rank > 0) - attention
+    planned = s.flops(pack.lengths, lora=lora_rank > 0) - attention
     # the output layer sees the responses alone, and its part is computed once more in the backward pass
     prompts, responses = (sum(len(r.problem["prompt_ids"]) for r in batch), sum(len(r.ids) for r in batch))
     planned += s.head * (2 * responses - (4 if lora_rank else 6) * prompts)
@@ -187,7 +186,7 @@ REFUSED = {  # what does not fit on so many GPUs of so many GiB, and the flag to
 
 @pytest.mark.parametrize("gpus, gib, changes, advice", REFUSED.values(), ids=REFUSED)
 def test_what_does_not_fit_is_refused(gpus, gib, changes, advice):
-    s = plan.shape(config("4B"))
+    s = plan.Shape(config("4B"))
     assert not plan.refusal(node_args(), s, 8, 80)
     args = node_args(**changes)
     said = plan.refusal(args, s, gpus, gib)
@@ -199,7 +198,7 @@ def test_what_does_not_fit_is_refused(gpus, gib, changes, advice):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_what_a_refusal_advises_helps(size):
-    s, advised = plan.shape(config(size)), 0
+    s, advised = plan.Shape(config(size)), 0
     for gpus in (1, 2, 4, 8):
         for gib in range(16, 81, 2):
             for tokens in (10240, 16384, 32768, 65536):
@@ -212,25 +211,25 @@ def test_what_a_refusal_advises_helps(size):
 
 
 def test_the_cache_fills_what_is_free():
-    s = plan.shape(config("4B"))
+    s = plan.Shape(config("4B"))
     for changes in ({}, {"sleep": "off"}, {"lora_rank": 8}, {"reference": True}):
         args = node_args(**changes)
         cache, _ = plan.kv_cache(args, s, 8, 80)
         held = max(plan.totals(args, s, 8)) if args.sleep == "off" else plan.totals(args, s, 8)[0]
         assert held + cache == pytest.approx(0.95 * 80 * GIB)
-    tiny = plan.shape(config("0.6B"))
+    tiny = plan.Shape(config("0.6B"))
     cache, token = plan.kv_cache(node_args(max_response_len=100, eval_max_response_len=100), tiny, 8, 80)
-    assert cache == plan.MAX_SEQS * (2048 + 100) * token  # no more than can ever be used
+    assert cache == engines.MAX_SEQS * (2048 + 100) * token  # no more than can ever be used
 
 
 def test_alone_vllm_gets_the_trainers_room(monkeypatch):
     """data/difficulty.py has no trainer and none of its flags."""
-    difficulty, s = load_module(ROOT / "data" / "difficulty.py"), plan.shape(config("4B"))
+    difficulty, s = load_module(ROOT / "data" / "difficulty.py"), plan.Shape(config("4B"))
     args = difficulty.parse_args(
         ["--scale", "node", "--data", str(ROOT / "data" / "tiny" / "easy.jsonl"), "--model", BASE]
     )
     cache, token = plan.kv_cache(args, s, 8, 80, alone=True)
-    room = 0.95 * 80 * GIB - 2 * s.params - plan.CONTEXT - plan.RESIDUE
+    room = 0.95 * 80 * GIB - 2 * s.params - plan.OVERHEAD
     assert cache == min(room, 128 * (2048 + 8192) * token) > plan.kv_cache(node_args(), s, 8, 80)[0]
 
 
@@ -249,7 +248,7 @@ def test_plan_from_the_command_line(tmp_path):
     assert "4.02 billion parameters; 8 x 80 GiB, --sharding fsdp" in done.stdout and "a step in about" in done.stdout
     done = run_plan("--plan", "1x60", "--model", tmp_path / "model", "--out", tmp_path / "run")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--lora_rank 32" in done.stderr
-    assert "in all" in done.stdout and "a step" not in done.stdout
+    assert "total" in done.stdout and "a step" not in done.stdout
     assert not (tmp_path / "run").exists()
     done = run_plan("--plan", "8", "--model", BASE)
     assert done.returncode == 2 and "like 8x80" in done.stderr
@@ -265,12 +264,12 @@ def test_packing_wastes_little(budget, monkeypatch):
         engines.Response({"prompt_ids": [0] * 100}, torch.zeros(n, dtype=torch.long), torch.zeros(n), False, "")
         for n in lengths
     ]
-    monkeypatch.setattr(training, "world", lambda: 8)
+    monkeypatch.setattr(packs, "world", lambda: 8)
     plans = []
     for r in range(8):
-        monkeypatch.setattr(training, "rank", lambda r=r: r)
-        [packs] = training.minibatches(batch, *torch.ones(2, 1024), 1, budget)
-        plans.append(packs)
+        monkeypatch.setattr(packs, "rank", lambda r=r: r)
+        [mini] = packs.minibatches(batch, *torch.ones(2, 1024), 1, budget)
+        plans.append(mini)
     room = sum(len(packs) for packs in plans) * budget
     waste = 1 - sum(len(pack.ids) for packs in plans for pack in packs if pack.lengths) / room
     work = [sum(n * (24576 + n) for pack in packs for n in pack.lengths) for packs in plans]

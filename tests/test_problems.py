@@ -1,7 +1,7 @@
 """The order of the problems and the seeds of the samples are functions of what they are for, and nothing else."""
 
-import common
-import engines
+from data.problems import Problems
+from infra import engines
 
 
 def ids(problems):
@@ -9,7 +9,7 @@ def ids(problems):
 
 
 def make(count=10, seed=1):
-    return common.Problems([{"id": i} for i in range(count)], seed)
+    return Problems([{"id": i} for i in range(count)], seed)
 
 
 def test_an_epoch_takes_every_problem_once():

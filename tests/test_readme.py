@@ -53,7 +53,7 @@ METRICS = {  # every name that is logged, each once
     "share that ends in a loop",
     "rollout/entropy": "of the next token, nats, from all sampled tokens: minus the mean of their log-probabilities as they were sampled",
     "rollout/prob_P": "share of the sampled tokens whose probability was P % or more, and less than the next P: 0, 30, 60, 85, 95, 99",
-    "rollout/spent, kept": "responses sampled for this step, those of dropped groups too; groups that are trained on",
+    "rollout/sampled_responses, kept": "responses sampled for this step, those of dropped groups too; groups that are trained on",
     "rollout/logp_gap, logp_k3": "trainer against engine, before any update: mean absolute difference (nats), and KL by "
     "exp(d) - 1 - d. The canary: a run stops when the engine evidently samples from other weights (in fp32 one missed load "
     "shows; in bf16 at a small learning rate it takes many)",
@@ -107,7 +107,7 @@ def core(script):
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.COMMENT:
             lines[token.start[0] - 1] = lines[token.start[0] - 1][: token.start[1]].rstrip()
-    tricks = {f: v[0] for f, v in module.DEFAULTS.items() if f not in common.FLAGS}
+    tricks = {f: v[0] for f, v in module.DEFAULTS.items() if f not in flags.FLAGS}
     math = {f: re.search(rf'^ +"{v}": +lambda [^:]*: (.+),$', "\n".join(lines), re.M) for f, v in tricks.items()}
     defaults = [
         f"--{f} {v}".ljust(36) * bool(math[f]) + (math[f][1] if math[f] else f"--{f} {v}") for f, v in tricks.items()
@@ -151,7 +151,7 @@ def ticks(names):
 def tricks():
     rows = ["| flag | choices | grpo | dapo | lite_ppo | |", "|---|---|---|---|---|---|"]
     for flag, actions in flags().items():
-        if flag in common.FLAGS:
+        if flag in flags.FLAGS:
             continue
         choices = dict.fromkeys(str(c) for a in actions.values() for c in a.choices or [])
         values = {s: MODULES[s].DEFAULTS[flag] for s in actions}  # (laptop, node)
@@ -163,8 +163,8 @@ def tricks():
 
 def shared():
     rows = ["| flag | laptop | node: grpo | dapo | lite_ppo | |", "|---|---|---|---|---|---|"]
-    for flag, (_, help) in common.FLAGS.items():
-        if flag in common.MACHINE:
+    for flag, (_, help) in flags.FLAGS.items():
+        if flag in flags.MACHINE:
             continue
         laptop, node = zip(*(MODULES[s].DEFAULTS[flag] for s in SCRIPTS))
         assert len(set(laptop)) == 1, f"--{flag}: the laptop is one bench for all scripts"
@@ -186,15 +186,15 @@ def flags():
 def node_plan():
     """Of lite_ppo.py as the paper has it, from the configuration of Qwen3-4B"""
     args = argparse.Namespace(
-        **{f: node for f, (_, node) in (common.MACHINE | lite_ppo.DEFAULTS).items()}, reference=False
+        **{f: node for f, (_, node) in (flags.MACHINE | lite_ppo.DEFAULTS).items()}, reference=False
     )
-    return [f"    {line}" for line in plan.report(args, plan.shape(config("4B")), 8, 80).splitlines()]
+    return [f"    {line}" for line in plan.report(args, plan.Shape(config("4B")), 8, 80).splitlines()]
 
 
 def machine():
     rows = ["| flag | laptop | node | |", "|---|---|---|---|"]
-    for flag, (laptop, node) in common.MACHINE.items():
-        rows.append(f"| `--{flag}` | {laptop} | {node} | {common.FLAGS[flag][1]} |")
+    for flag, (laptop, node) in flags.MACHINE.items():
+        rows.append(f"| `--{flag}` | {laptop} | {node} | {flags.FLAGS[flag][1]} |")
     return rows
 
 
@@ -207,7 +207,7 @@ def constants():
         float(lite_ppo.advantages(torch.full((2, 8), -1.3), n).abs().max()) for n in lite_ppo.NORMS if "mean" in n
     )
     filtered = lite_ppo.token_weights(torch.tensor([2.0, 0, 6]), "seq_mean", 8)[0] == 1 / 4
-    limits = {str(k).removeprefix("torch."): v for k, v in common.STALE.items()}
+    limits = {str(k).removeprefix("torch."): v for k, v in runs.STALE.items()}
     said = {
         "standard deviations": f"{'unbiased (n - 1)' if unbiased else 'biased (n)'}, plus {lite_ppo.EPS:g}",
         "batch std": f"of the raw rewards of the whole rollout: {raw:.4f} on [[1,1,1,0],[1,0,0,0]]; the group-centred "
@@ -269,7 +269,7 @@ def names(script):
             found.add(text)
     if "eval/SET/SET" in found:  # what `summary` finds of a set
         sample = {"correct": True, "tokens": 1, "truncated": False, "error": ""}
-        found |= {f"eval/SET/{metric.replace('@1', '@K')}" for metric in common.summary([sample] * 2, 1, 1)}
+        found |= {f"eval/SET/{metric.replace('@1', '@K')}" for metric in evaluation.summary([sample] * 2, 1, 1)}
     found = {name.replace("prob_SET", "prob_P") for name in found}
     return found - {"time/SET", "eval/mean/accuracy", "eval/SET/SET", "eval/SET/SET_se"}
 

@@ -106,7 +106,7 @@ def test_what_is_logged_of_the_tokens(finished):
 
 def test_what_is_logged_of_the_truncated(tmp_path):
     """Four responses are cut at the limit: a right one that loops, a wrong one that loops, two wrong ones that do not"""
-    log = common.Log(Namespace(out=tmp_path, steps=1, log_tokens="off"), 0, {}, None, None)
+    log = runs.Log(Namespace(out=tmp_path, steps=1, log_tokens="off"), 0, {}, None, None)
     loop, plain = torch.tensor([7, 8] * 40), torch.arange(80)
     what = [(loop, True, True), (loop, True, False), (plain, True, False), (plain, True, False), (plain, False, True)]
     batch = [engines.Response({}, ids, torch.zeros(80), truncated, "") for ids, truncated, _ in what]
@@ -134,7 +134,7 @@ def test_the_log_of_tokens_can_be_left_out_and_costs_little(monkeypatch, tmp_pat
         return wrapper
 
     for name in ("sampled_tokens", "trained_tokens", "write_clipped", "write_shown"):
-        monkeypatch.setattr(common.Log, name, timed(getattr(common.Log, name)))
+        monkeypatch.setattr(runs.Log, name, timed(getattr(runs.Log, name)))
     flags = ["--scale", "laptop", "--steps", 3, "--eval_data", "eval_easy", "--eval_every", 2]
     on = run_main(monkeypatch, lite_ppo, *flags, "--out", tmp_path / "on")
     steps = sum(row["time/step"] - row.get("time/eval", 0) for row in on)
@@ -231,7 +231,7 @@ def test_the_others_are_the_same_after_a_kill(script, more, tmp_path, monkeypatc
     run_and_kill(script.__name__, "common.check_finite", 5, *flags, tmp_path / "run")
     got = run_main(monkeypatch, script, "--resume", tmp_path / "run")
     assert [without_times(row) for row in got] == [without_times(row) for row in want]
-    assert want[1]["train/kl"] > 0 if script is grpo else want[0]["rollout/spent"] > want[0]["rollout/kept"] * 4
+    assert want[1]["train/kl"] > 0 if script is grpo else want[0]["rollout/sampled_responses"] > want[0]["rollout/kept_groups"] * 4
 
 
 def test_a_line_cut_short_is_forgotten(finished, tmp_path, monkeypatch):
@@ -303,7 +303,7 @@ def test_two_processes_give_the_same_rollout_and_step(name, tmp_path):
         rows.append(read_metrics(tmp_path / str(processes)))
     one, two = rows
     assert one[0]["adv/zero"] < 1 and one[0]["train/grad_norm"] > 0
-    assert 0 < one[0].get("rollout/kept", 1) < 8
+    assert 0 < one[0].get("rollout/kept_groups", 1) < 8
     for name, value in without_times(one[0]).items():
         assert two[0][name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
 
@@ -642,9 +642,9 @@ def test_dynamic_sampling_goes_on_with_what_it_has(mixed, norm, tmp_path, monkey
     monkeypatch.setattr(rewards.GradePool, "grade", grade)
     flags = [*SMALL, "--steps", 1, "--max_resample", 2, "--overlong", "keep", "--norm", norm, "--out", tmp_path / "run"]
     row = run_main(monkeypatch, dapo, *flags)[0]
-    assert row["rollout/spent"] == (48 if mixed < 4 else 32)
-    assert row["reward/mean"] == pytest.approx((2 * mixed - row["rollout/spent"]) / row["rollout/spent"], abs=1e-6)
-    assert row["rollout/kept"] == min(mixed, 4)
+    assert row["rollout/sampled_responses"] == (48 if mixed < 4 else 32)
+    assert row["reward/mean"] == pytest.approx((2 * mixed - row["rollout/sampled_responses"]) / row["rollout/sampled_responses"], abs=1e-6)
+    assert row["rollout/kept_groups"] == min(mixed, 4)
     assert (f"{mixed} of 4 groups after --max_resample 2" in capsys.readouterr().out) == (mixed < 4)
     assert len(stepped) == min(mixed, 1) * 2 and ("train/loss" in row) == bool(mixed)
 
@@ -675,7 +675,7 @@ def test_the_reference_is_the_first_policy(tmp_path, monkeypatch):
 )
 def test_copies_of_the_model(more, copies, tmp_path, monkeypatch):
     """The trainer's, and one more only for a KL without LoRA (the hf engine has its own)."""
-    load, loaded = training.load_lm, []
+    load, loaded = policy_module.load_lm, []
     monkeypatch.setattr(training, "load_lm", lambda *a: loaded.append(1) or load(*a))
     flags = [x for k, v in more.items() for x in (f"--{k}", v)]
     rows = run_main(monkeypatch, grpo, *SMALL, *flags, "--steps", 1, "--out", tmp_path / "run")
@@ -749,7 +749,7 @@ def test_every_choice_of_every_trick_changes_the_update(script, tmp_path, monkey
 
 
 def own_flags(script):
-    shared = {"help", "scale", "engine", "out", "resume", "plan", *common.FLAGS}
+    shared = {"help", "scale", "engine", "out", "resume", "plan", *flags.FLAGS}
     return [a for a in make_parser(script)._actions if a.dest not in shared]
 
 

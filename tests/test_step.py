@@ -14,7 +14,6 @@ from conftest import BASE, run_main
 
 import common
 import dapo
-import engines
 import grpo
 import lite_ppo
 
@@ -158,5 +157,5 @@ def test_two_rollouts_by_hand(script, settings, tmp_path, monkeypatch):
     assert rows[1]["train/clip_low"] + rows[1]["train/clip_high"] > 0 and rows[0]["train/grad_norm"] > 0.2
     assert 0 < rows[0]["rollout/truncated"] < 1
     if getattr(parsed[0], "dynamic_sampling", "off") == "on":
-        assert rows[0]["rollout/spent"] > 16
+        assert rows[0]["rollout/sampled_responses"] > 16
     assert [row["train/lr"] for row in rows[:2]] == pytest.approx([2e-3 / 3, 4e-3 / 3])

@@ -76,8 +76,8 @@ def test_a_script_imports_no_script(script):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_flag_is_read(script):
     module = __import__(script)
-    assert module.DEFAULTS.keys() == common.FLAGS.keys() - common.MACHINE.keys() | SHARED_TRICKS | OWN_TRICKS[script]
-    for flag in module.DEFAULTS | common.MACHINE:
+    assert module.DEFAULTS.keys() == flags.FLAGS.keys() - flags.MACHINE.keys() | SHARED_TRICKS | OWN_TRICKS[script]
+    for flag in module.DEFAULTS | flags.MACHINE:
         assert re.search(rf"\b(args|a)\.{flag}\b", "".join(map(source, [script, *SHARED]))), f"--{flag} is read nowhere"
 
 

@@ -10,7 +10,7 @@ from conftest import BASE, ROOT, copy_project, load_module, load_policy, make_ba
 import dapo
 import grpo
 import lite_ppo
-import training
+from infra import packs
 
 pytestmark = pytest.mark.trl
 
@@ -115,15 +115,15 @@ def ours(batch, policy_loss=None, bias_correction=False, **settings):
     if a.get("overlong") == "filter":
         lengths[torch.tensor([r.truncated for r in batch])] = 0
     weight, total = script.token_weights(lengths, a["loss_agg"], LIMIT), 0
-    [packs] = training.minibatches(batch, lengths > 0, torch.ones(P * G), 1, 200)
-    for pack in packs:
-        logp, _ = training.logprobs(policy, pack, a["temperature"])
+    [mini] = packs.minibatches(batch, lengths > 0, torch.ones(P * G), 1, 200)
+    for pack in mini:
+        logp, _ = policy(pack, a["temperature"])
         old_logp = logp.detach() - torch.cat([drift(batch)[i] for i in pack.rows.unique_consecutive()])
-        more = [pack.rows.unique(return_inverse=True)[1]] if policy_loss else []
+        more = [pack.local_rows] if policy_loss else []
         f = policy_loss or script.policy_loss
-        loss, ratio = f(logp, old_logp, adv[pack.rows], a["clip_low"], a["clip_high"], *more)
+        loss, ratio, *_ = f(logp, old_logp, adv[pack.rows], a["clip_low"], a["clip_high"], *more)
         if a["kl_coef"]:
-            ref_logp = training.logprobs(ref_model, pack, a["temperature"])[0].detach()
+            ref_logp = ref_model(pack, a["temperature"])[0].detach()
             divergence = grpo.kl(logp, ref_logp, a["kl_estimator"])
             loss = loss + a["kl_coef"] * divergence * (ratio if bias_correction else 1)
         loss = (loss * weight[pack.rows]).sum()

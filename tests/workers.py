@@ -13,7 +13,8 @@ import torch.distributed as dist
 from conftest import engine_args, load_policy, make_batch
 
 import common
-import training
+from infra import packs, processes
+from infra import policy as policy_module
 from lite_ppo import advantages, policy_loss, token_weights
 
 
@@ -25,37 +26,37 @@ def gradient(sharding, tokens_per_gpu, survivors):
     policy.lm.train().gradient_checkpointing_enable(
         gradient_checkpointing_kwargs={"use_reentrant": False}
     )  # as on a GPU
-    model = training.shard(policy, engine_args(sharding=sharding))
+    model = policy_module.shard(policy, engine_args(sharding=sharding))
     batch = make_batch(12)
     lengths = torch.tensor([float(len(r.ids)) for r in batch])
     lengths[[3, 8]] = lengths[int(survivors) :] = 0
     rewards = torch.tensor([1.0, 0, 0, 1, 0, 0, 0, 1, 1, 1, 0, 1]).view(3, 4)
     adv, weight = advantages(rewards, "group_mean_batch_std").flatten(), token_weights(lengths, "seq_mean", 64)
     total = 0.0
-    [packs] = training.minibatches(batch, lengths > 0, torch.ones(12), 1, int(tokens_per_gpu))
-    for pack in packs:
-        logp, _ = training.logprobs(model, pack, 0.9)
-        loss, _ = policy_loss(logp, logp.detach() - 0.1, adv[pack.rows], 0.2, 0.28)
+    [mini] = packs.minibatches(batch, lengths > 0, torch.ones(12), 1, int(tokens_per_gpu))
+    for pack in mini:
+        logp, _ = model(pack, 0.9)
+        loss, *_ = policy_loss(logp, logp.detach() - 0.1, adv[pack.rows], 0.2, 0.28)
         loss = (loss * weight[pack.rows]).sum()
         accelerator.backward(loss * accelerator.num_processes)
         total += loss.item()
-    return sum(training.all_gather(total)), torch.cat([training.gathered(p.grad).flatten() for p in model.parameters()])
+    return sum(processes.all_gather(total)), torch.cat([policy_module.unsharded(p.grad).flatten() for p in model.parameters()])
 
 
 def streamed(sharding, dtype, lora_rank):
     """-> what an engine is sent of the laptop's base model, the trainer computing in this precision"""
     accelerate.Accelerator(cpu=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "compute_dtype", lambda: getattr(torch, dtype))
-        model = training.shard(load_policy(lora_rank=int(lora_rank)), engine_args(sharding=sharding))
-        return {name: p.clone() for name, p in training.weights(model)}
+        patch.setattr(policy_module, "compute_dtype", lambda: getattr(torch, dtype))
+        model = policy_module.shard(load_policy(lora_rank=int(lora_rank)), engine_args(sharding=sharding))
+        return {name: p.clone() for name, p in policy_module.weights(model)}
 
 
 if __name__ == "__main__":
     path, *calls = sys.argv[1:]
     calls = [call.split() for call in " ".join(calls).split("/")]
     results = [globals()[name](*arguments) for name, *arguments in calls]
-    if training.rank() == 0:
+    if processes.rank() == 0:
         torch.save(results, path)
     time.sleep(common.GLOO_REST)
     dist.destroy_process_group()

@@ -1,7 +1,6 @@
-"""Who samples: vLLM, or a transformers model where there is none. Both have the same methods and their own copy of the weights.
+"""The inference engine that samples: vLLM or, where it is not installed, transformers. It has a copy of the weights.
 
-The order of a step: wake, load, generate as often as you like, sleep.
-"""
+The order of a step: wake, load, generate as often as you like, sleep."""
 
 import contextlib
 import gc
@@ -10,48 +9,38 @@ import importlib.util
 import math
 import os
 import time
+from collections import namedtuple
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-import plan
-from training import (
-    all_gather,
-    barrier,
-    base_of,
-    compute_dtype,
-    device,
-    in_turn,
-    join_group,
-    own_rng,
-    rank,
-    use_tf32,
-    weights,
-    world,
-)
+from infra.policy import base_of, weights
+from infra.processes import all_gather, compute_dtype, device, interleave, join_group, rank, use_tf32, world
 
+MAX_SEQS = 128  # responses that vLLM samples at a time
 HF_ROWS = 256  # sequences the hf engine samples at a time
 HF_CROWD = 0.8  # it drops the finished ones whenever fewer than this share is still going
+Sampling = namedtuple("Sampling", "temperature top_p top_k max_response_len")  # top_k 0: of all tokens
 
 
 @dataclass
 class Response:
     problem: dict  # the row it answers, prompt_ids included
-    ids: torch.Tensor  # (L,) its tokens, the end token included if it came to an end
+    ids: torch.Tensor  # (L,) its tokens, EOS included if it came to an end
     engine_logp: torch.Tensor  # (L,) their log-probabilities as the engine sampled them
-    truncated: bool  # cut at the limit
+    truncated: bool  # at the limit
     text: str
 
 
 def seed_of(seed, step, problem_id, sample):
-    """The seed of one response: a function of what it is, never of who samples it. Within a group no two are equal."""
+    """-> the seed of one response: a function of what it is, never of the process. Within a group no two are equal."""
     digest = hashlib.sha256(f"{seed} {step} {problem_id}".encode()).digest()
     return (int.from_bytes(digest[:4], "big") + sample) & 0x7FFFFFFF
 
 
 def stop_ids(model, tokenizer):
-    """What ends a response: the model's and the tokenizer's end, and that of a chat turn, which base models leave out."""
+    """-> EOS of the model and of the tokenizer, and the end of a chat turn, which base models leave out"""
     from transformers import GenerationConfig
 
     ids = {tokenizer.eos_token_id, tokenizer.get_vocab().get("<|im_end|>")}
@@ -61,12 +50,9 @@ def stop_ids(model, tokenizer):
     return sorted(ids - {None})
 
 
-@dataclass(frozen=True)
-class Sampling:
-    temperature: float
-    top_p: float
-    top_k: int  # 0: all
-    max_response_len: int
+def longest_sequence(args):
+    """-> tokens of the longest prompt with the longest response, of training or evaluation"""
+    return args.max_prompt_len + max(args.max_response_len, args.eval_max_response_len)
 
 
 class Engine:
@@ -76,43 +62,33 @@ class Engine:
         self.idle = 0.0
 
     def generate(self, problems, n, step, sampling=None):
-        """n responses to each problem, problem by problem, the same list on every process.
+        """-> n responses to each problem, problem by problem, the same list on every process
 
-        `step`, whatever it is, is for the seeds; `sampling` is that of the rollouts unless told.
-        """
+        `step`, whatever it is, is for the seeds; `sampling` is that of the rollouts unless given."""
         requests = [(p, seed_of(self.args.seed, step, p["id"], i)) for p in problems for i in range(n)]
         share = self.args.vllm_tensor_parallel  # processes that sample together, with the same requests
         mine = requests[rank() // share :: world() // share]  # a group is scattered: its long responses do not meet
         prompts, seeds = [p["prompt_ids"] for p, _ in mine], [seed for _, seed in mine]
         found, since = self.sample(prompts, seeds, sampling or self.sampling), time.perf_counter()
-        barrier()
+        all_gather(None)  # all have sampled
         self.idle += time.perf_counter() - since
-        sampled = in_turn(all_gather(found if rank() % share == 0 else [])[::share])
+        sampled = interleave(all_gather(found if rank() % share == 0 else [])[::share])
         texts = self.tokenizer.batch_decode([ids for ids, _ in sampled], skip_special_tokens=True)
-        return [
-            Response(problem, ids, logp, int(ids[-1]) not in self.stop, text)
-            for (problem, _), (ids, logp), text in zip(requests, sampled, texts)
-        ]
+        found = zip([p for p, _ in requests], sampled, texts)
+        return [Response(p, ids, logp, int(ids[-1]) not in self.stop, text) for p, (ids, logp), text in found]
 
     def waited(self):
         """-> seconds that this process has waited for the others' samples, since the last call"""
         idle, self.idle = self.idle, 0.0
         return idle
 
-    def wake(self):
-        pass
-
-    def sleep(self):
-        pass
-
-    def close(self):
-        pass
+    wake = sleep = close = lambda self: None  # for an engine that never sleeps
 
 
 class VllmEngine(Engine):
     """vLLM in this process, one engine a GPU. Asleep it holds neither weights nor cache (on a CPU it never sleeps)."""
 
-    def __init__(self, args, tokenizer, alone=False):
+    def __init__(self, args, tokenizer, kv_cache_bytes=None):
         super().__init__(args, tokenizer)
         cuda = torch.cuda.is_available()
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING" if cuda else "ERROR")  # else a warning at each sleep
@@ -124,27 +100,26 @@ class VllmEngine(Engine):
             vllm._custom_ops._supports_onednn = False  # else layers keep packed copies, and `load` misses a tied head
         from vllm import LLM
 
-        longest, head = plan.longest(args), {"head_dtype": "float32"} if args.head_dtype == "float32" else {}
-        with own_rng():  # LLM() seeds python's, numpy's and torch's generators, alike on every process
-            self.llm = LLM(
-                base_of(args.model),
-                dtype=str(compute_dtype()).removeprefix("torch."),
-                distributed_executor_backend="external_launcher",  # in process, in the process group that is there
-                tensor_parallel_size=args.vllm_tensor_parallel,
-                load_format="dummy",  # `load` brings the weights before the first sample
-                enable_sleep_mode=cuda and args.sleep == "on",
-                enforce_eager=not cuda,  # CUDA graphs on a GPU; no half minute of compiling on a CPU
-                kv_cache_memory_bytes=kv_cache_bytes(args, alone) if cuda else None,
-                gpu_memory_utilization=0.01 if cuda else 0.3,  # so much has to be free at once; the plan knows better
-                max_model_len=longest,
-                max_num_seqs=plan.MAX_SEQS,
-                max_num_batched_tokens=8192 if cuda else max(8192, longest),
-                enable_chunked_prefill=cuda,  # on a CPU vLLM cannot put back the seed of a prompt it has read in part
-                logprobs_mode="processed_logprobs",  # after temperature, top-k and top-p
-                hf_overrides=head,  # as in the trainer
-                generation_config="vllm",  # sampling as we say, not as the checkpoint says
-                seed=args.seed,
-            )
+        longest = longest_sequence(args)
+        self.llm = LLM(
+            base_of(args.model),
+            dtype=str(compute_dtype()).removeprefix("torch."),
+            distributed_executor_backend="external_launcher",  # in process, in the process group that is there
+            tensor_parallel_size=args.vllm_tensor_parallel,
+            load_format="dummy",  # `load` brings the weights before the first sample
+            enable_sleep_mode=cuda and args.sleep == "on",
+            enforce_eager=not cuda,  # CUDA graphs on a GPU; no half minute of compiling on a CPU
+            kv_cache_memory_bytes=kv_cache_bytes if cuda else None,
+            gpu_memory_utilization=0.01 if cuda else 0.3,  # so much has to be free at once; the plan knows better
+            max_model_len=longest,
+            max_num_seqs=MAX_SEQS,
+            max_num_batched_tokens=8192 if cuda else max(8192, longest),
+            enable_chunked_prefill=cuda,  # on a CPU vLLM cannot put back the seed of a prompt it has read in part
+            logprobs_mode="processed_logprobs",  # after temperature, top-k and top-p
+            hf_overrides={"head_dtype": "float32"} if args.head_dtype == "float32" else {},  # as in the trainer
+            generation_config="vllm",  # sampling as we say, not as the checkpoint says
+            seed=args.seed,  # of Python's, numpy's and torch's generators too, from which nothing of ours draws
+        )
         use_tf32()
         self.sleep()
 
@@ -177,15 +152,14 @@ class VllmEngine(Engine):
 
 
 class HfEngine(Engine):
-    """The same methods over a transformers model, for machines without vLLM. It never sleeps."""
+    """The same methods over a transformers model, for machines without vLLM."""
 
-    def __init__(self, args, tokenizer):
+    def __init__(self, args, tokenizer, kv_cache_bytes=None):
         super().__init__(args, tokenizer)
         from transformers import AutoModelForCausalLM
 
-        lm = AutoModelForCausalLM.from_pretrained(
-            base_of(args.model), dtype=compute_dtype(), attn_implementation="sdpa"
-        )
+        how = dict(dtype=compute_dtype(), attn_implementation="sdpa")
+        lm = AutoModelForCausalLM.from_pretrained(base_of(args.model), **how)
         self.lm = lm.to(device()).eval().requires_grad_(False)
 
     def load(self, model):
@@ -214,7 +188,7 @@ class HfEngine(Engine):
             inputs = dict(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1)[:, -ids.shape[1] :])
             logits = self.lm(**inputs, past_key_values=cache, logits_to_keep=1).logits[:, -1].float()  # (B, V)
             logp = keep_likeliest(logits / how.temperature, how.top_p, how.top_k).log_softmax(-1)  # (B, V)
-            token = draw(logp, noise[rows, t].to(device()))  # (B,)
+            token = sample_token(logp, noise[rows, t].to(device()))  # (B,)
             tokens[rows, t], logps[rows, t] = token.cpu(), logp.gather(1, token[:, None])[:, 0].cpu()
             ended = rows[torch.isin(tokens[rows, t], torch.tensor(self.stop))]
             lengths[ended] = lengths[ended].clamp(max=t + 1)
@@ -236,24 +210,13 @@ def keep_likeliest(logits, top_p, top_k):  # (B, V) -> (B, V), minus infinity wh
     return TopPLogitsWarper(top_p)(None, logits) if top_p < 1 else logits
 
 
-def draw(logp, uniform):  # (B, V), (B,) in [0, 1) -> (B,), where the running total of probability passes `uniform`
+def sample_token(
+    logp, uniform
+):  # (B, V), (B,) in [0, 1) -> (B,), where the running total of probability passes `uniform`
     total = logp.double().exp().cumsum(-1)  # double, so that uniform x total[-1] stays below total[-1]
     return torch.searchsorted(total, uniform.double()[:, None] * total[:, -1:], right=True)[:, 0]
 
 
-def kv_cache_bytes(args, alone):
-    from transformers import AutoConfig
-
-    shape = plan.shape(AutoConfig.from_pretrained(base_of(args.model)))
-    return int(plan.kv_cache(args, shape, world(), plan.here()[1], alone)[0])
-
-
-def make_engine(args, tokenizer, alone=False):
-    """alone: nobody trains beside it, so that vLLM's cache may have that room too"""
-    return VllmEngine(args, tokenizer, alone) if uses_vllm(args) else HfEngine(args, tokenizer)
-
-
 def uses_vllm(args):
-    return args.engine == "vllm" or (
-        args.engine == "auto" and torch.cuda.is_available() and importlib.util.find_spec("vllm")
-    )
+    auto = args.engine == "auto" and torch.cuda.is_available() and importlib.util.find_spec("vllm")
+    return args.engine == "vllm" or auto
