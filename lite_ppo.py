@@ -112,21 +112,15 @@ def policy_loss(logp, old_logp, adv, clip_low, clip_high):  # (T,) each -> loss,
 
 def parse_args(argv=None):
     p = common.Parser(__file__, __doc__, DEFAULTS)
-    p.add_argument(
-        "--norm", choices=NORMS, help="The advantage: a reward less which mean, divided by which standard deviation."
-    )
-    p.add_argument(
-        "--loss_agg",
-        choices=LOSS_AGGS,
-        help="The weight of a token in the loss: of all tokens, of a response, or constant.",
-    )
+    p.add_argument("--norm", choices=NORMS, help="The advantage: a reward less which mean, over which deviation.")
+    p.add_argument("--loss_agg", choices=LOSS_AGGS, help="The weight of a token: the same for all, or by its response.")
     p.add_argument("--clip_low", type=common.number(float, 0, 1), help="The ratio is clipped below 1 - clip_low.")
     p.add_argument("--clip_high", type=common.number(float, 0), help="The ratio is clipped above 1 + clip_high.")
     p.add_argument(
-        "--overlong", choices=["keep", "filter"], help="Whether a truncated response is trained on; filter: it is not."
+        "--overlong", choices=["keep", "filter"], help="Whether truncated responses are trained on: filter, not."
     )
     p.add_argument(
-        "--wrong_reward", type=int, choices=[0, -1], help="The reward of a wrong response; a right one has 1."
+        "--wrong_reward", type=int, choices=[0, -1], help="The reward of a wrong response; 1 of a right one."
     )
     args = common.parse_args(p, argv)
     alike = torch.tensor([[0.0, 0.0], [1.0, 1.0]])  # two groups, as alike in themselves as a group of one

@@ -1,4 +1,4 @@
-r"""Text in, number out: what a response is worth. No torch, no model.
+r"""What a response is worth: text in, number out; and whether it ends in a loop: token ids in. No torch, no model.
 
     extract_answer(text)        what stands in the last \boxed{...}
     math_reward(text, answer)   1.0 if that is equal to the answer, else 0.0
@@ -25,9 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-logging.getLogger("math_verify").setLevel(
-    logging.CRITICAL
-)  # failures are counted in `Grade.error`, not printed one by one
+logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # failures are counted in `Grade.error`, not printed
 logging.getLogger("latex2sympy2_extended").setLevel(logging.CRITICAL)
 
 LONGEST_ANSWER = 600  # characters; longer boxes are no answers, and symbolic algebra on them can take minutes
@@ -47,9 +45,7 @@ REPEAT_SPAN = 24  # tokens the loop must fill: three short sentences. Repeated d
 @dataclass(frozen=True)
 class Grade:
     correct: bool
-    error: str = (
-        ""  # why the grader failed to compare ("" where it did compare); such an answer earns nothing, and is counted
-    )
+    error: str = ""  # why the grader failed to compare, where it did; such an answer counts as wrong, and is counted
 
 
 def extract_answer(text: str) -> str | None:
@@ -281,7 +277,7 @@ def serve():
 class GradePool:
     """Grades many answers, in order. What `decide` cannot decide goes to worker processes, one comparison at a time each.
 
-    A worker that takes longer than `seconds` of wall clock, or dies, is replaced; its answer earns nothing and says why.
+    A worker that takes longer than `seconds` of wall clock, or dies, is replaced; its answer counts as wrong and says why.
     A worker starts when there is work for one more, which takes seconds of a core, and ends with this process.
     """
 
@@ -305,7 +301,7 @@ class GradePool:
         for worker in [w for w in self.workers if w.poll() is not None]:  # died while it had nothing to do
             self.replace(worker)
         while len(self.workers) < min(self.count, len(todo)):
-            self.start()
+            self.start_one()
         while todo or busy:
             for worker in [w for w in self.workers if w not in busy][: len(todo)]:
                 pair = todo.pop()
@@ -330,7 +326,7 @@ class GradePool:
                     del busy[worker]
         return found
 
-    def start(self):
+    def start_one(self):
         self.workers.append(start_worker())
         self.starting.add(self.workers[-1])
 
@@ -339,7 +335,7 @@ class GradePool:
         self.starting.discard(worker)
         worker.kill()
         worker.wait()
-        self.start()
+        self.start_one()
 
     def close(self):
         for worker in self.workers:
@@ -358,8 +354,8 @@ def start_worker():
 def repeats(token_ids) -> bool:
     """Does the sequence end in a block said at least REPEATS times in a row, over at least REPEAT_SPAN tokens?
 
-    Walks back from the cut, as in appendix B.1 of arXiv 2508.08221 (which gives no threshold; these are ours). The last copy
-    may be cut short. Meant for truncated responses: a response that ends by itself has stopped repeating.
+    Walks back from the end, as in appendix B.1 of arXiv 2508.08221 (which gives no threshold; these are ours). The last copy
+    may be incomplete. Meant for truncated responses: a response that ends by itself has stopped repeating.
     """
     backwards = np.asarray(token_ids)[::-1]
     for period in range(1, len(backwards) // REPEATS + 1):

@@ -43,7 +43,9 @@ PART = 256  # problems between two steps of the bar
 def parse_args(argv=None):
     p = flags.Parser(__file__, __doc__, DEFAULTS)
     flags.add_shared_flags(p)
-    p.add_argument("--samples", type=flags.COUNT, default=SAMPLES, metavar="N", help=f"Responses a problem. [{SAMPLES}]")
+    p.add_argument(
+        "--samples", type=flags.COUNT, default=SAMPLES, metavar="N", help=f"Responses a problem. [{SAMPLES}]"
+    )
     text = "Write NAME_LO_HI.jsonl, the problems solved LO to HI times."
     p.add_argument("--keep", type=int, nargs=2, metavar=("LO", "HI"), help=text)
     args = flags.settings(p.table, {"keep": None} | vars(p.parse_args(argv)))
@@ -53,7 +55,7 @@ def parse_args(argv=None):
     for wrong, message in flags.model_mistakes(args):
         if wrong:
             fail(message)
-    args.files = data_files(args, "data")
+    args.files = data_files(args, "data", args.data)
     return args
 
 

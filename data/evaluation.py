@@ -8,7 +8,7 @@ import numpy as np
 
 from infra.engines import Sampling
 from infra.processes import distributed_map, rank
-from infra.runs import append_jsonl, jsonl, read_metrics, write_whole
+from infra.runs import append_jsonl, finite, jsonl, read_metrics, write_whole
 
 EVAL_SETTINGS = "eval_samples", "eval_pass_k", "eval_temperature", "eval_top_p", "eval_top_k", "eval_max_response_len"
 
@@ -27,7 +27,8 @@ def summary(samples, n, k):
     response_len   tokens, mean over problems and responses; likewise `truncated`, `grader_errors`, shares"""
     right = np.reshape([s["correct"] for s in samples], (-1, n)).sum(1).tolist()  # of each problem
     found = {"accuracy": [c / n for c in right], f"pass@{k}": [pass_at_k(n, c, k) for c in right]}
-    found |= {f"{name}_se": np.std(values, ddof=1) / len(values) ** 0.5 for name, values in found.items()}
+    se = lambda values: np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else math.nan  # of one: none
+    found |= {f"{name}_se": se(values) for name, values in found.items()}
     for name, key in (("response_len", "tokens"), ("truncated", "truncated"), ("grader_errors", "error")):
         found[name] = [s[key] if key == "tokens" else bool(s[key]) for s in samples]
     return {name: float(np.mean(value)) for name, value in found.items()}
@@ -60,7 +61,8 @@ def evaluate(engine, pool, log, step):
         append_jsonl(log.folder / "samples.jsonl", first)
         if step == a.steps:
             how = {name: getattr(a, name) for name in EVAL_SETTINGS}
-            found = {"model": a.model, "step": step, "settings": how, "sets": scores}
+            found = {"model": a.model, "step": step, "settings": how}
+            found["sets"] = {name: finite(score) for name, score in scores.items()}
             write_whole(log.folder / "eval.json", json.dumps(found, indent=1))
             write_whole(log.folder / "eval_samples.jsonl", jsonl(s for samples in sets.values() for s in samples))
     line = [f"{name} {s['accuracy']:.3f} ± {s['accuracy_se']:.3f}" for name, s in scores.items()]
@@ -86,4 +88,5 @@ def summarize(log):
     print(f"{'accuracy' if several else '':16s}" + "".join(f"{title:>17s}" for title in columns))
     for name in names:
         values = [(row[f"eval/{name}/{m}"], row[f"eval/{name}/{m}_se"]) for row, m in columns.values()]
+        values = [(value, math.nan if error is None else error) for value, error in values]
         print(f"{name:16s}" + "".join(f"{value:9.3f} ± {error:.3f}" for value, error in values))

@@ -13,7 +13,6 @@ A row is {"id", "problem", "answer", "source", "level"}. Its id is a hash of the
 the same problems give the same files, wherever they came from and in whatever order.
 """
 
-import argparse
 import functools
 import hashlib
 import math
@@ -35,8 +34,9 @@ from infra.runs import jsonl, read_jsonl, write_whole  # noqa: E402
 SEED = 42  # the paper's, appendix A.1
 SIZE = 5000  # problems in a tier, section 3.1
 BINARY = {"true", "false", "yes", "no"}
-BINARY_SHARE = 0.02  # of the problems to draw from. The paper takes out "an excessive proportion" and gives no number. They are 17 %
-# of DeepMath: a model that always says Yes would earn 13 %, with wrong reasoning or none. At 2 % that is worth less than a tenth of it
+# of the problems to draw from. The paper takes out "an excessive proportion" and gives no number. They are 17 % of DeepMath: a
+# model that always says Yes would be right in 13 %, with wrong reasoning or none. At 2 % that is worth less than a tenth of it
+BINARY_SHARE = 0.02
 
 SOURCES = {  # name: (on the hub, further arguments of load_dataset, rows there)
     "math500": ("HuggingFaceH4/MATH-500", {"split": "test"}, 500),
@@ -199,7 +199,7 @@ def uniform(*what):
 
 
 def checkable(golds, name):
-    r"""-> those the grader can compare as more than strings: \mathbb{Z}_8 or G/K \cong H would only be paid letter by letter."""
+    r"""-> those the grader can compare as more than strings: \mathbb{Z}_8 or G/K \cong H would only be right letter by letter."""
     forms = {gold: rewards.normalise(gold) for gold in golds}
     good = {gold for gold, form in forms.items() if rewards.value(form) is not None}
     hard = {form for gold, form in forms.items() if gold not in good and not rewards.too_hard(form)}

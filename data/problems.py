@@ -57,9 +57,9 @@ def load_tokenizer(args):
     return tokenizer
 
 
-def data_files(args, flag):
+def data_files(args, flag, given):
     """-> the files that --data or --eval_data names; one that is not there is refused"""
-    folder, names = ROOT / "data" / ("tiny" if args.scale == "laptop" else ""), getattr(args, flag).split(",")
+    folder, names = ROOT / "data" / ("tiny" if args.scale == "laptop" else ""), given.split(",")
     paths = [find(name) if name.endswith(".jsonl") else folder / f"{name}.jsonl" for name in names]
     advice = "give a .jsonl file, a name there" + ", or make it with data/prepare.py" * (args.scale == "node")
     for name, path in zip(names, paths):
@@ -70,13 +70,13 @@ def data_files(args, flag):
 
 def load_data(args, tokenizer):
     """-> the Problems of --data, the rows of all of --eval_data, each with the `set` it is from"""
-    rows = load_problems(data_files(args, "data")[0], tokenizer, args) if args.steps else []
+    rows = load_problems(data_files(args, "data", args.data)[0], tokenizer, args) if args.steps else []
     if args.steps and len(rows) < args.prompts_per_step:
         have = f"--data {args.data} has {len(rows)} problems"
         fail(f"--prompts_per_step {args.prompts_per_step}: {have}; lower it")
     eval_rows = [
         row | {"set": file.stem.removeprefix("eval_")}
-        for file in data_files(args, "eval_data")
+        for file in data_files(args, "eval_data", args.eval_data)
         for row in load_problems(file, tokenizer, args)
     ]
     return Problems(rows, args.seed), eval_rows

@@ -1,6 +1,4 @@
-"""The inference engine that samples: vLLM or, where it is not installed, transformers. It has a copy of the weights.
-
-The order of a step: wake, load, generate as often as you like, sleep."""
+"""The inference engine: vLLM or, where it is not installed, transformers. In a step it wakes, loads, generates, sleeps."""
 
 import contextlib
 import gc

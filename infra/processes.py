@@ -1,6 +1,4 @@
-"""The processes of a run, one for each GPU: the rank of this one, what they tell each other, where this one computes.
-
-accelerate, transformers, peft, vllm are imported where they are used: the laptop scale first switches their hub off."""
+"""The processes of a run, one for each GPU: the rank of this one, what they tell each other, where this one computes."""
 
 import datetime
 import functools

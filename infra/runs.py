@@ -146,9 +146,8 @@ class Log:
             if self.flops and (rates := plan.rates(plan.local_gpus()[2])) and torch.cuda.is_available():
                 # FLOPs of the update, what is computed twice counted once, over the GPUs' bf16 peak, where it is known
                 row["perf/mfu"] = self.flops / row["time/update"] / world() / rates[0]
-        if rank() == 0:  # JSON knows neither NaN nor infinity
-            finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
-            append_jsonl(self.folder / "metrics.jsonl", [finite])
+        if rank() == 0:
+            append_jsonl(self.folder / "metrics.jsonl", [finite(row)])
         if self.tokens and self.args.log_tokens == "on":
             self.write_clipped(step)
         if self.shown and rank() == 0 and step % self.args.eval_every == 0:
@@ -208,6 +207,10 @@ def read_jsonl(path, damaged=None):
                 raise
             damaged(number)
     return rows
+
+
+def finite(row):
+    return {name: value if math.isfinite(value) else None for name, value in row.items()}  # JSON knows no NaN
 
 
 def jsonl(rows):

@@ -2,7 +2,7 @@
 
     python tests/bench_rewards.py                   1,024 responses of 4,000 characters, three times
     python tests/bench_rewards.py --cases FILE      rows {"gold", "completion", "expected", "group"}: agreement with math-verify's beside it
-    python tests/bench_rewards.py --golds FILE ...  the answers of data sets, rewritten in harmless and in harmful ways: what is paid
+    python tests/bench_rewards.py --golds FILE ...  the answers of data sets, rewritten in harmless and in harmful ways: what is graded right
 
 Of the rollout a quarter of the answers are plain numbers, the others go to math-verify: fractions, roots, polynomials,
 intervals, each response another one, so that nothing is remembered from one round to the next.
@@ -86,9 +86,7 @@ def math_verify_alone(text, answer):
 def compare_graders(file):
     rows = [json.loads(line) for line in Path(file).read_text().splitlines()]
     rows = [row for row in rows if r"\boxed" in row["completion"]]
-    found = collections.defaultdict(
-        lambda: [0] * 5
-    )  # cases; wrong: ours paid, ours not paid, math-verify paid, not paid
+    found = collections.defaultdict(lambda: [0] * 5)  # cases; false positives and negatives of ours, of math-verify
     worst = 0
     for row in rows:
         before = time.perf_counter()
@@ -98,7 +96,7 @@ def compare_graders(file):
         for group in (row.get("group", ""), "all"):
             for i, wrong in enumerate([True, grade > expected, grade < expected, theirs > expected, theirs < expected]):
                 found[group][i] += wrong
-    print(f"{'cases':>6s}{'ours':>9s}{'paid':>6s}{'unpaid':>7s}{'math-verify':>13s}{'paid':>6s}{'unpaid':>7s}")
+    print(f"{'cases':>6s}{'ours':>9s}{'FP':>6s}{'FN':>7s}{'math-verify':>13s}{'FP':>6s}{'FN':>7s}")
     for group, (n, a, b, c, d) in sorted(found.items(), key=lambda item: item[1][0]):
         print(f"{n:6d}{1 - (a + b) / n:9.1%}{a:6d}{b:7d}{1 - (c + d) / n:13.1%}{c:6d}{d:7d}  {group}")
     print(f"the longest took {worst:.2f} s")
@@ -107,13 +105,13 @@ def compare_graders(file):
 def rewrite(files):
     rows = [json.loads(line) for file in files for line in Path(file).read_text().splitlines()]
     answers, pool = dict.fromkeys(row["answer"] for row in rows), GradePool()
-    for title, ways in (("harmless: all should be paid", HARMLESS), ("harmful: none should be", HARMFUL)):
+    for title, ways in (("harmless: all should be right", HARMLESS), ("harmful: none should be", HARMFUL)):
         print(f"{len(answers)} answers, {title}")
         for name, way in ways.items():
             pairs = [(rf"\boxed{{{way(a)}}}", a) for a in answers if way(a) != a or name == "as it stands"]
-            paid = [pair for pair, g in zip(pairs, pool.grade(pairs)) if g.correct]
-            some = "; ".join(f"{text[7:-1]} for {a}" for text, a in paid[:3]) if ways is HARMFUL else ""
-            print(f"  {name:22s}{len(paid):6d} of {len(pairs):6d} paid   {some}")
+            right = [pair for pair, g in zip(pairs, pool.grade(pairs)) if g.correct]
+            some = "; ".join(f"{text[7:-1]} for {a}" for text, a in right[:3]) if ways is HARMFUL else ""
+            print(f"  {name:22s}{len(right):6d} of {len(pairs):6d} right   {some}")
     pool.close()
 
 

@@ -1,15 +1,15 @@
-"""The same work through lite_ppo.py and through TRL 1.16's GRPOTrainer: rollouts per second, in turn, on this machine.
+"""The same work through lite_ppo.py and through TRL 1.16's GRPOTrainer: seconds a training step, in turn, on this machine.
 
     pip install --no-deps --target .trl trl==1.16.0 && PYTHONPATH=.trl python tests/bench_trl.py
 
 Each side samples 16 x 8 responses of up to 128 tokens from the same model and problems, grades them with the same function and takes
 four optimizer steps on them: Lite PPO's advantages and loss, no KL. TRL runs without gradient checkpointing and logging, with
-transformers' `generate`, which is its fastest where vLLM has no GPU. Start-up, evaluations, checkpoints and the first rollouts of a round are not counted.
+transformers' `generate`, which is its fastest where vLLM has no GPU. Start-up, evaluations, checkpoints and the first steps of a round are not counted.
 
 Where there is a GPU: a Qwen3 of 0.6 billion parameters with random weights in place of the laptop's model, vLLM beside the trainer with sleep mode
 on both sides, bf16, gradient checkpointing, old log-probabilities computed again. Responses are as long as a long-tailed law says, up to 8,192
 tokens, and every other one is right; not run yet.
-The last line is `ratio N`: TRL's seconds a rollout over ours, the median over the rounds.
+The last line is `ratio N`: TRL's seconds a step over ours, the median over the rounds.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def gpu():
     return torch.cuda.is_available()
 
 
-def rollouts():  # -> of a round; not counted; tokens of the longest response
+def lengths():  # -> steps of a round; those not counted; tokens of the longest response
     return (8, 2, 8192) if gpu() else (24, 4, 128)
 
 
@@ -64,14 +64,14 @@ def ours_on_a_gpu(flags):
     import rewards
 
     rewards.GradePool.grade = lambda self, pairs: [rewards.Grade(i % 2 == 0) for i in range(len(pairs))]
-    force_lengths(rollouts()[2])
+    force_lengths(lengths()[2])
     sys.argv = ["lite_ppo.py", *flags]
     lite_ppo.main()
 
 
 def ours(folder, seed):
-    """-> seconds and mean reward of each rollout"""
-    count, _, limit = rollouts()
+    """-> seconds and mean reward of each step"""
+    count, _, limit = lengths()
     flags = ["--steps", count, "--prompts_per_step", P, "--group_size", G, "--minibatches", STEPS, "--lr", LR]
     flags += [
         "--scale",
@@ -137,7 +137,7 @@ def run_trl(out, seed):
     from rewards import GradePool
 
     processes.use_cores()
-    count, _, limit = rollouts()
+    count, _, limit = lengths()
     model = Path(out).parent.parent / "model" if gpu() else ROOT / "data" / "tiny" / "base"
     if gpu():
         force_lengths(limit)
@@ -191,7 +191,7 @@ def main():
     args = parser.parse_args()
     if args.trl:
         return run_trl(args.trl, args.seed)
-    (count, warm, _), ratios = rollouts(), []
+    (count, warm, _), ratios = lengths(), []
     with tempfile.TemporaryDirectory() as work:
         if gpu():
             make_model("0.6B", Path(work) / "model")
@@ -204,7 +204,7 @@ def main():
                 medians.append(statistics.median(seconds[warm:]))
                 quarter = max(1, count // 4)
                 curve = " ".join(f"{statistics.mean(means[i : i + quarter]):.2f}" for i in range(0, count, quarter))
-                said = f"{medians[-1]:.3f} s a rollout, least {min(seconds):.3f}   reward {curve}"
+                said = f"{medians[-1]:.3f} s a step, least {min(seconds):.3f}   reward {curve}"
                 print(f"round {seed}  {name:12s} {said}", flush=True)
             ratios.append(medians[1] / medians[0])
     print(f"ratio {statistics.median(ratios):.2f}")

@@ -25,7 +25,7 @@ SCRIPTS = ["grpo", "dapo", "lite_ppo"]
 INFRA = sorted(path.stem for path in ROOT.glob("infra/*.py"))
 SHARED = ["common.py", *(f"infra/{name}.py" for name in INFRA)]
 BASE = str(ROOT / "data" / "tiny" / "base")
-SMALL = [  # a run of seconds: two rollouts of sixteen short responses, that learns
+SMALL = [  # a run of seconds: two steps of sixteen short responses, that learns
     *("--data", "easy", "--lr", "3e-4"),
     *("--scale", "laptop", "--steps", "2", "--prompts_per_step", "4", "--group_size", "4", "--minibatches", "2"),
     *("--max_response_len", "40", "--eval_data", "eval_easy", "--save_every", "1"),
@@ -64,7 +64,17 @@ def make_batch(count=12, seed=0, longest=60):
 
 
 def engine_args(**changes):
-    settings = dict(model=BASE, template="chat", enable_thinking="on", temperature=1.0, top_p=1.0, top_k=0, max_prompt_len=64, max_response_len=64, seed=1)
+    settings = dict(
+        model=BASE,
+        template="chat",
+        enable_thinking="on",
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,
+        max_prompt_len=64,
+        max_response_len=64,
+        seed=1,
+    )
     settings |= {"lora_rank": 0, "reference": False, "lr": 1e-4, "weight_decay": 0.0}
     machine = {name: laptop for name, (laptop, _) in flags.MACHINE.items()}
     return Namespace(**(machine | settings | dict(eval_max_response_len=64) | changes))

@@ -16,7 +16,9 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-FLAGS = "--scale laptop --data medium --eval_data eval_easy --steps 4 --eval_every 2 --save_every 2 --prompts_per_step 8"
+FLAGS = (
+    "--scale laptop --data medium --eval_data eval_easy --steps 4 --eval_every 2 --save_every 2 --prompts_per_step 8"
+)
 FLAGS += " --minibatches 4 --lr 3e-4 --max_response_len 64 --eval_max_response_len 64 --tokens_per_gpu 1024"
 MORE = {"grpo": "", "dapo": "--overlong_buffer 16", "lite_ppo": ""}
 
@@ -50,7 +52,10 @@ def main():
                 for engine in args.engines:
                     for n in (1, 2):
                         case = script, engine, n
-                        sides = [run(tree, Path(work) / f"{tree.name}_{script}_{engine}_{n}", *case) for tree in (before, ROOT)]
+                        sides = [
+                            run(tree, Path(work) / f"{tree.name}_{script}_{engine}_{n}", *case)
+                            for tree in (before, ROOT)
+                        ]
                         old = [{names.get(k, k): v for k, v in row.items()} for row in sides[0]]
                         wrong = {k for a, b in zip(old, sides[1]) for k in a.keys() | b.keys() if a.get(k) != b.get(k)}
                         differ += bool(wrong) + (len(old) != len(sides[1]))

@@ -20,14 +20,18 @@ from infra import engines
 def test_pass_at_k():
     """5 responses, 2 right: of the 10 choices of 3 only one holds no right one, 1 - 1/10"""
     assert evaluation.pass_at_k(5, 2, 3) == pytest.approx(0.9)
-    assert evaluation.pass_at_k(8, 0, 8) == 0 and evaluation.pass_at_k(8, 1, 8) == 1 and evaluation.pass_at_k(8, 8, 1) == 1
+    assert (
+        evaluation.pass_at_k(8, 0, 8) == 0 and evaluation.pass_at_k(8, 1, 8) == 1 and evaluation.pass_at_k(8, 8, 1) == 1
+    )
     assert evaluation.pass_at_k(8, 2, 1) == pytest.approx(2 / 8)  # avg@8
 
 
 @pytest.mark.parametrize("n, right, k", [(6, 2, 3), (7, 1, 4), (5, 3, 2)])
 def test_pass_at_k_is_the_mean_over_all_choices(n, right, k):
     choices = list(itertools.combinations(range(n), k))
-    assert evaluation.pass_at_k(n, right, k) == pytest.approx(sum(min(choice) < right for choice in choices) / len(choices))
+    assert evaluation.pass_at_k(n, right, k) == pytest.approx(
+        sum(min(choice) < right for choice in choices) / len(choices)
+    )
 
 
 def test_summary():

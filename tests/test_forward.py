@@ -109,19 +109,19 @@ def test_an_empty_pack_takes_part_and_changes_nothing(policy):
 )
 def test_every_response_is_trained_once(seed, minibatches, processes, budget, data):
     batch = make_batch(12, seed)
-    counted, learned = (torch.tensor(data.draw(st.lists(st.booleans(), min_size=12, max_size=12))) for _ in "cl")
+    in_loss, has_gradient = (torch.tensor(data.draw(st.lists(st.booleans(), min_size=12, max_size=12))) for _ in "cl")
     plans = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(packs, "world", lambda: processes)
         for r in range(processes):
             patch.setattr(packs, "rank", lambda r=r: r)
-            plans.append(packs.minibatches(batch, counted, learned, minibatches, budget))
+            plans.append(packs.minibatches(batch, in_loss, has_gradient, minibatches, budget))
     for m in range(minibatches):
         made = [pack for plan in plans for pack in plan[m]]
         first = sum(12 // minibatches + (k < 12 % minibatches) for k in range(m))  # the first ones are longer by one
         part = range(first, first + 12 // minibatches + (m < 12 % minibatches))
-        want = [i for i in part if counted[i] and learned[i]]
-        assert bool(made) == any(counted[i] for i in part)  # a step is taken, be it with a gradient of 0
+        want = [i for i in part if in_loss[i] and has_gradient[i]]
+        assert bool(made) == any(in_loss[i] for i in part)  # a step is taken, be it with a gradient of 0
         assert sorted({i for pack in made for i in pack.rows.tolist()}) == want
         assert sum(len(pack.labels) for pack in made) == sum(len(batch[i].ids) for i in want)
         assert (

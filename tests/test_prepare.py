@@ -163,7 +163,7 @@ def test_clean(answer, gold):
     assert prepare.clean(answer) == gold
 
 
-def test_clean_golds_are_paid():
+def test_clean_golds_are_right():
     """What a person would write for a MinervaMath gold"""
     for answer, box in [
         ("4.5e33", r"4.5 \times 10^{33}"),

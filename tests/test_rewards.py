@@ -145,7 +145,7 @@ def test_not_equal_and_quick(box, answer):
     assert math_reward(rf"thus \boxed{{{box}}}", answer) == 0.0
 
 
-def test_no_box_earns_nothing():
+def test_no_box_is_wrong():
     assert math_reward("the answer is 5", "5") == 0.0
 
 

@@ -1,12 +1,14 @@
-"""Papers above, GPUs below: what the layout promises."""
+"""Papers above, GPUs below, and a house that stays small: what the layout promises."""
 
 import ast
 import re
+import subprocess
 
 import pytest
-from conftest import ROOT, SCRIPTS, SHARED
+from conftest import INFRA, ROOT, SCRIPTS, SHARED
 
 import common
+from infra import flags
 
 SHARED_TRICKS = {
     "norm",
@@ -25,21 +27,34 @@ DIFFERENT = {"parse_args", "main"}  # the only names that may stand for differen
 TABLES = {"DEFAULTS"}  # and the only table
 
 
+FILES = [
+    path.relative_to(ROOT).as_posix()
+    for f in ("*.py", "infra/*.py", "data/*.py", "plots/*.py")
+    for path in ROOT.glob(f)
+]
+
+
 def source(name):
-    return (ROOT / f"{name}.py").read_text()
+    return (ROOT / name).read_text()
 
 
 def imports(name):
+    """-> the files of ours that a file imports, wherever in it"""
+    found, ours = set(), {file.removesuffix(".py").replace("/", "."): file for file in FILES}
+    beside = name.rpartition("/")[0]  # a program of a folder imports what stands beside it by its bare name
     for node in ast.walk(ast.parse(source(name))):
+        names = []
         if isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[0] for alias in node.names)
+            names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            yield node.module.split(".")[0]
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        found |= {ours[n] for n in [*names, *(f"{beside}.{n}" for n in names)] if n in ours}
+    return found - {name}
 
 
-def definitions(name):
+def definitions(script):
     """-> the text of every function and every table of a script, by its name"""
-    text, found = source(name), {}
+    text, found = source(f"{script}.py"), {}
     for node in ast.parse(text).body:
         if isinstance(node, ast.FunctionDef):
             found[node.name] = ast.get_source_segment(text, node)
@@ -61,16 +76,59 @@ def test_the_shared_files_hold_no_loop_and_call_no_script(name):
     tree = ast.parse(source(name))
     called = {n.func.attr for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)}
     assert not called & {"backward", "step", "zero_grad", "clip_grad_norm_"}
-    assert not set(imports(name)) & set(SCRIPTS)
-
-
-def test_rewards_stands_alone():
-    assert not set(imports("rewards")) & {"torch", *SHARED, *SCRIPTS}
+    assert not imports(name) & {f"{script}.py" for script in SCRIPTS}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_script_imports_no_script(script):
-    assert not set(imports(script)) & (set(SCRIPTS) - {script})
+def test_a_script_imports_common_and_rewards_alone(script):
+    assert imports(f"{script}.py") == {"common.py", "rewards.py"}
+
+
+def test_rewards_stands_alone():
+    assert not imports("rewards.py") and "torch" not in source("rewards.py").replace("No torch", "")
+
+
+def test_the_map_is_the_house():
+    """The files of infra/ stand in the map of common.py, and each imports only from those below it, and rewards.py."""
+    listed = re.findall(r"^    (\w+)\.py ", common.__doc__, re.M)
+    assert sorted(listed) == INFRA
+    for i, name in enumerate(listed):
+        assert imports(f"infra/{name}.py") <= {"rewards.py", *(f"infra/{below}.py" for below in listed[i + 1 :])}
+
+
+def test_no_import_runs_in_a_circle():
+    left = {name: imports(name) for name in FILES}
+    while free := [name for name, needed in left.items() if not needed & left.keys()]:
+        for name in free:
+            del left[name]
+    assert not left, "these import each other"
+
+
+def test_folders_do_not_import_each_other():
+    """Programs of plots/ are on top, then the scripts, common.py, data/, infra/; common.py takes nothing from plots/."""
+    floors = [["plots/"], [f"{script}.py" for script in SCRIPTS], ["common.py"], ["data/"], ["infra/"], ["rewards.py"]]
+    floor = lambda name: next(i for i, names in enumerate(floors) if name.startswith(tuple(names)))
+    programs = {"data/difficulty.py", "data/prepare.py", "data/tiny.py"}  # nobody imports them
+    for name in FILES:
+        assert not imports(name) & programs
+        assert name in programs or all(floor(other) >= floor(name) for other in imports(name)), name
+
+
+LIMITS = {"README.md": 12_000, "plots/README.md": 15_000, "data/README.md": 15_000, "tests/README.md": 15_000}
+
+
+def test_the_house_stays_small():
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    top = {file.partition("/")[0] for file in files} - {".ci", ".gitignore"}
+    pages = {"README.md", "LOG.md", "LICENSE", "pyproject.toml", "requirements.txt", "requirements-cpu.txt"}
+    card = {*(f"{script}.py" for script in SCRIPTS), "common.py", "rewards.py", "infra", "data", "plots", "tests"}
+    assert not files or top == pages | card  # no files: a copy without git
+    lines = {name: len(source(name).splitlines()) for name in SHARED}
+    assert lines["common.py"] <= 500 and sum(lines.values()) <= 1500, lines
+    for page, limit in LIMITS.items():
+        assert len(source(page)) <= limit, page
+    first = source("README.md").splitlines()
+    assert len(first) <= 200 and max(map(len, first)) <= 120
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -78,12 +136,15 @@ def test_every_flag_is_read(script):
     module = __import__(script)
     assert module.DEFAULTS.keys() == flags.FLAGS.keys() - flags.MACHINE.keys() | SHARED_TRICKS | OWN_TRICKS[script]
     for flag in module.DEFAULTS | flags.MACHINE:
-        assert re.search(rf"\b(args|a)\.{flag}\b", "".join(map(source, [script, *SHARED]))), f"--{flag} is read nowhere"
+        assert re.search(
+            rf"\b(args|a)\.{flag}\b",
+            "".join(map(source, [f"{script}.py", *SHARED, "data/problems.py", "data/evaluation.py"])),
+        ), f"--{flag} is read nowhere"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_default_names_its_source(script):
-    rows = re.search(r"^DEFAULTS = \{.*?^\}", source(script), re.S | re.M)[0].splitlines()
+    rows = re.search(r"^DEFAULTS = \{.*?^\}", source(f"{script}.py"), re.S | re.M)[0].splitlines()
     for row in rows:
         if re.match(r'    "(\w+)": \(.*\),', row):
             assert "  # " in row, row

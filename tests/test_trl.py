@@ -43,7 +43,7 @@ DEFAULTS = dict(
 
 @pytest.fixture(scope="module")
 def batch():
-    """16 responses of random tokens, every fifth without an end token, the others with one at their end only"""
+    """16 responses of random tokens, every fifth without EOS, the others with one at their end only"""
     batch = make_batch(P * G, longest=LIMIT)
     for i, response in enumerate(batch):
         response.problem = batch[i - i % G].problem  # four responses to one prompt
