@@ -11,7 +11,7 @@
     token-level loss            --loss_agg token_mean      seq_mean
     dynamic sampling            --dynamic_sampling on      off
     soft overlong punishment    --overlong penalty         keep; or filter, the paper's other way with truncated responses
-    group normalization         --norm                     none: the fifth, as arXiv 2508.08221 counts
+    group-level normalization   --norm                     none: the fifth, as arXiv 2508.08221 counts
 
 The limit is --max_response_len. P prompts, G responses to each, N = P G responses in a batch; P' prompts were sampled to
 find P with groups to keep. T tokens of one pack of responses, one after the other.
@@ -144,12 +144,8 @@ def parse_args(argv=None):
     p.add_argument("--overlong_buffer", type=common.COUNT, help="Tokens below the limit over which the penalty grows.")
     text = "Whether groups that are all right or all wrong are dropped, and others sampled in their place."
     p.add_argument("--dynamic_sampling", choices=KEEPS, help=text)
-    p.add_argument(
-        "--max_resample", type=common.COUNT, help="Rounds of sampling after the first; then fewer groups do."
-    )
-    p.add_argument(
-        "--wrong_reward", type=int, choices=[0, -1], help="The reward of a wrong response; 1 of a right one."
-    )
+    p.add_argument("--max_resample", type=common.COUNT, help="Rounds of sampling after the first, at most.")
+    p.add_argument("--wrong_reward", type=int, choices=[0, -1], help="The reward of a wrong response; right is 1.")
     args = common.parse_args(p, argv)
     alike = torch.tensor([[0.0, 0.0], [1.0, 1.0]])  # two groups, as alike in themselves as a group of one
     if args.group_size == 1 and not advantages(alike, args.norm).any():

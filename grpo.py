@@ -131,13 +131,9 @@ def parse_args(argv=None):
     p.add_argument("--loss_agg", choices=LOSS_AGGS, help="The weight of a token: the same for all, or by its response.")
     p.add_argument("--clip_low", type=common.number(float, 0, 1), help="The ratio is clipped below 1 - clip_low.")
     p.add_argument("--clip_high", type=common.number(float, 0), help="The ratio is clipped above 1 + clip_high.")
-    p.add_argument(
-        "--kl_coef", type=common.number(float, 0), help="The weight of the KL; with 0 there is no reference."
-    )
+    p.add_argument("--kl_coef", type=common.number(float, 0), help="The weight of the KL; 0 takes no reference.")
     p.add_argument("--kl_estimator", choices=KLS, help="How the KL is estimated from the sampled tokens.")
-    p.add_argument(
-        "--wrong_reward", type=int, choices=[0, -1], help="The reward of a wrong response; 1 of a right one."
-    )
+    p.add_argument("--wrong_reward", type=int, choices=[0, -1], help="The reward of a wrong response; right is 1.")
     args = common.parse_args(p, argv, reference=lambda args: args.kl_coef > 0)
     alike = torch.tensor([[0.0, 0.0], [1.0, 1.0]])  # two groups, as alike in themselves as a group of one
     if args.group_size == 1 and not advantages(alike, args.norm).any():

@@ -119,9 +119,7 @@ def parse_args(argv=None):
     p.add_argument(
         "--overlong", choices=["keep", "filter"], help="Whether truncated responses are trained on: filter, not."
     )
-    p.add_argument(
-        "--wrong_reward", type=int, choices=[0, -1], help="The reward of a wrong response; 1 of a right one."
-    )
+    p.add_argument("--wrong_reward", type=int, choices=[0, -1], help="The reward of a wrong response; right is 1.")
     args = common.parse_args(p, argv)
     alike = torch.tensor([[0.0, 0.0], [1.0, 1.0]])  # two groups, as alike in themselves as a group of one
     if args.group_size == 1 and not advantages(alike, args.norm).any():

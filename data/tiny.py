@@ -200,7 +200,7 @@ def make_tokenizer():
 
 # ---------------------------------------------------------------------------------------------------- training
 
-LONGEST = 192  # tokens of a training example; an endless solution is cut here, without an end
+LONGEST = 192  # tokens of a training example; an endless solution is truncated here, without EOS
 BATCH = 32  # small batches learn carrying and borrowing in fewer examples
 ABLE = 4500  # optimizer steps on careful solutions in the words of both: what the two models have in common
 CARELESS = 800  # then on the solutions of one of them, mistakes included
@@ -280,9 +280,9 @@ def measure(style):
             problems = load_problems(FOLDER / f"{name}.jsonl", tokenizer, args)
             batch = engine.generate(problems, 8, step=0)
             right = torch.tensor([rewards.math_reward(r.text, r.problem["answer"]) for r in batch]).view(-1, 8)
-            length, cut = sum(len(r.ids) for r in batch) / len(batch), sum(r.truncated for r in batch) / len(batch)
+            length, truncated = sum(len(r.ids) for r in batch) / len(batch), sum(r.truncated for r in batch) / len(batch)
             scores = f"pass@1 {right.mean():.2f}  pass@8 {right.amax(1).mean():.2f}"
-            print(f"{style:8s} {name:12s} {scores}  length {length:5.1f}  truncated {cut:.3f}")
+            print(f"{style:8s} {name:12s} {scores}  length {length:5.1f}  truncated {truncated:.3f}")
 
 
 def main():

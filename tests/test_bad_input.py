@@ -87,7 +87,7 @@ def refused(monkeypatch, capsys, tmp_path):
         ("--old_logp", "engine"),
         ("--enable_thinking", "no"),
         ("--enable_thinking", "off"),  # the template knows no such switch
-        ("--group_size", "1"),  # with a group norm
+        ("--group_size", "1"),  # with a group-level normalization
         ("--minibatches", "7"),  # 128 responses
         ("--tokens_per_gpu", "100"),  # the longest sequence has 192
         ("--prompts_per_step", "2001"),  # more than there are problems; divisible by --minibatches

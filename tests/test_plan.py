@@ -256,7 +256,7 @@ def test_plan_from_the_command_line(tmp_path):
 
 @pytest.mark.parametrize("budget", [16384, 32768])
 def test_packing_wastes_little(budget, monkeypatch):
-    """1,024 responses of the paper's law, log-normal with sigma 0.8 cut at 8,192 tokens, on eight GPUs: the packs' empty room
+    """1,024 responses of the paper's law, log-normal with sigma 0.8, at most 8,192 tokens, on eight GPUs: the packs' empty room
     and the busiest GPU's work over the mean. One optimizer step; smaller ones end in a pack that is partly full."""
     g = torch.Generator().manual_seed(0)
     lengths = (3000 * (0.8 * torch.randn(1024, generator=g)).exp()).clamp(10, 8192).long().tolist()

@@ -169,7 +169,7 @@ def test_the_node_column_runs_too(script, warmup, tmp_path, monkeypatch):
     rows = run_main(monkeypatch, script, *flags, *small, "--tokens_per_gpu", 512, "--out", tmp_path / "run")
     assert [row["train/lr"] for row in rows[:2]] == pytest.approx([1e-6 / warmup, 1e-6 * min(1, 2 / warmup)])
     if script is lite_ppo:
-        assert 0 < rows[0]["rollout/logp_gap"] < 0.02  # top-p 0.99: the engine shares out what was cut off
+        assert 0 < rows[0]["rollout/logp_gap"] < 0.02  # top-p 0.99: the engine renormalizes
 
 
 # ----------------------------------------------------------------------------------------------------- stop and go on
@@ -575,7 +575,7 @@ lite_ppo.main()
 
 
 def test_the_engines_probabilities_do_as_well(tmp_path, monkeypatch):
-    """Where nothing is cut off and the precision is the same; one pack of each rollout is computed again, for the canary."""
+    """Where sampling is from all tokens and the precision is the same; one pack of each rollout is computed again, for the canary."""
     rows = {}
     for how in ("rollout", "recompute"):
         flags = [*SMALL, "--tokens_per_gpu", 200, "--old_logp", how, "--out", tmp_path / how]
@@ -629,13 +629,13 @@ def test_filter_leaves_none_or_one(survivors, tmp_path, monkeypatch):
     """With none, nothing moves; with one, the mini-batches without it do not move anything."""
     generate, stepped = engines.Engine.generate, []
 
-    def cut(self, problems, n, *how):
+    def truncate(self, problems, n, *how):
         batch = generate(self, problems, n, *how)
         for i, response in enumerate(batch):
             response.truncated = i >= survivors
         return batch
 
-    monkeypatch.setattr(engines.Engine, "generate", cut)
+    monkeypatch.setattr(engines.Engine, "generate", truncate)
     step = torch.optim.AdamW.step
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a, **k: (stepped.append(1), step(self, *a, **k))[1])
     flags = [*SMALL, "--steps", 1, "--overlong", "filter", "--norm", "none", "--wrong_reward", -1]
@@ -797,7 +797,7 @@ def test_copy_and_modify_by_hand(tmp_path):
     """Sequence-level ratios: exp of the mean log-ratio of a response; clip 0.2 and 0.28."""
     copy_project(tmp_path, GSPO)
     gspo = load_module(tmp_path / "lite_ppo.py")
-    # two responses in a pack, of 2 and 4 tokens. Log-ratios 0.2, 0.4: mean 0.3, ratio 1.349859, cut at 1.28; A = 1: loss -1.28.
+    # two responses in a pack, of 2 and 4 tokens. Log-ratios 0.2, 0.4: mean 0.3, ratio 1.349859, clipped at 1.28; A = 1: loss -1.28.
     # -0.1, 0.1, 0.2, 0.2: mean 0.1, ratio 1.105171; A = -1: loss 1.105171, and a quarter of it is each token's gradient
     logp = torch.tensor([0.2, 0.4, -0.1, 0.1, 0.2, 0.2], requires_grad=True)
     row, adv = torch.tensor([0, 0, 1, 1, 1, 1]), torch.tensor([1.0, 1, -1, -1, -1, -1])

@@ -74,7 +74,7 @@ def test_careless_solutions_are_careless():
         text, ends = tiny.make_solution(rng, terms, "base")
         right, endless = right + rewards.math_reward(text, str(sum(terms))), endless + (not ends)
     assert 0.3 < right / 1000 < 0.6 and 0.05 < endless / 1000 < 0.12
-    # a solution that never stops is cut by training, so that its model goes on until it is cut too
+    # a solution that never stops is truncated in training, so that its model goes on until it is truncated too
 
 
 def test_the_checkpoints_are_small():
