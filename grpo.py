@@ -204,7 +204,7 @@ def main():
                     loss = loss + args.kl_coef * divergence
                 common.check_finite(log, step, pack, batch, loss)
                 accelerator.backward((loss * w).sum() * accelerator.num_processes)  # the sum over GPUs, not their mean
-                log.sum("train/loss", loss * w / args.minibatches)  # mean over the mini-batches
+                log.sum("train/loss", loss * w / args.minibatches)  # the loss, mean over the mini-batches
                 # nats, mean over the trained tokens: those of responses with a gradient
                 log.mean("train/entropy", entropy)
                 log.mean("train/clip_low", low)  # share of tokens whose gradient the lower bound clips
@@ -214,10 +214,10 @@ def main():
             grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
             if not math.isfinite(grad_norm):
                 log.stop(f"step {step}: the norm of the gradient is {grad_norm}; it was not applied")
-            log.mean("train/grad_norm", grad_norm)  # before it is clipped
+            log.mean("train/grad_norm", grad_norm)  # norm of the gradient before it is clipped
             optimizer.step()
             optimizer.zero_grad()
-        log.mean("train/lr", optimizer.param_groups[0]["lr"])  # read from the optimizer after the last update
+        log.mean("train/lr", optimizer.param_groups[0]["lr"])  # learning rate, as the optimizer has it
         log.lap("update")
         log.write(step)
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:

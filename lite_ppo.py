@@ -116,9 +116,7 @@ def parse_args(argv=None):
     p.add_argument("--loss_agg", choices=LOSS_AGGS, help="The weight of a token: the same for all, or by its response.")
     p.add_argument("--clip_low", type=common.number(float, 0, 1), help="The ratio is clipped below 1 - clip_low.")
     p.add_argument("--clip_high", type=common.number(float, 0), help="The ratio is clipped above 1 + clip_high.")
-    p.add_argument(
-        "--overlong", choices=["keep", "filter"], help="Whether truncated responses are trained on: filter, not."
-    )
+    p.add_argument("--overlong", choices=["keep", "filter"], help="Truncated responses: filter, not trained on.")
     p.add_argument("--wrong_reward", type=int, choices=[0, -1], help="The reward of a wrong response; right is 1.")
     args = common.parse_args(p, argv)
     alike = torch.tensor([[0.0, 0.0], [1.0, 1.0]])  # two groups, as alike in themselves as a group of one
@@ -185,7 +183,7 @@ def main():
                 loss, ratio, low, high = policy_loss(logp, pack.old_logp, a, args.clip_low, args.clip_high)  # (T,)
                 common.check_finite(log, step, pack, batch, loss)
                 accelerator.backward((loss * w).sum() * accelerator.num_processes)  # the sum over GPUs, not their mean
-                log.sum("train/loss", loss * w / args.minibatches)  # mean over the mini-batches
+                log.sum("train/loss", loss * w / args.minibatches)  # the loss, mean over the mini-batches
                 # nats, mean over the trained tokens: those of responses with a gradient
                 log.mean("train/entropy", entropy)
                 log.mean("train/clip_low", low)  # share of tokens whose gradient the lower bound clips
@@ -195,10 +193,10 @@ def main():
             grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
             if not math.isfinite(grad_norm):
                 log.stop(f"step {step}: the norm of the gradient is {grad_norm}; it was not applied")
-            log.mean("train/grad_norm", grad_norm)  # before it is clipped
+            log.mean("train/grad_norm", grad_norm)  # norm of the gradient before it is clipped
             optimizer.step()
             optimizer.zero_grad()
-        log.mean("train/lr", optimizer.param_groups[0]["lr"])  # read from the optimizer after the last update
+        log.mean("train/lr", optimizer.param_groups[0]["lr"])  # learning rate, as the optimizer has it
         log.lap("update")
         log.write(step)
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:

@@ -204,6 +204,6 @@ def report(args, s, gpus, gib, name="H100"):
             f"{cache / token:,.0f} tokens in flight on a GPU: {longest:.0f} of the longest responses",
             f"a step in about {step:.0f} s ({parts}), {args.steps} steps in {args.steps * step / 3600:.1f} hours, if",
             f"training reaches {MFU:.0%} of the FLOP/s of {name}, sampling {BANDWIDTH:.0%} of its memory's speed, and",
-            f"responses {MEAN_LENGTH:.0%} of their limit (stated, not measured; without evaluations and resampling)",
+            f"responses are {MEAN_LENGTH:.0%} of their limit (stated, not measured; without evaluations and resampling)",
         ]
     return "\n".join(lines)

@@ -87,8 +87,8 @@ class Log:
             for name, which in (("right", True), ("wrong", False)):
                 if some := [loop for loop, (_, g) in zip(loops, truncated) if g.correct == which]:
                     self.mean(f"rollout/repeat_ratio_{name}", some)  # the same of those with a right, a wrong answer
-        self.mean("reward/mean", reward)  # over all that was sampled, before dynamic sampling drops groups
-        self.mean("reward/std", reward.std())  # their standard deviation
+        self.mean("reward/mean", reward)  # mean over all that was sampled, before dynamic sampling drops groups
+        self.mean("reward/std", reward.std())  # standard deviation of the same rewards
         self.mean("reward/solved_all", solved.all(1))  # share of the sampled groups that are all right
         self.mean("reward/solved_none", ~solved.any(1))  # share of the sampled groups that are all wrong
         self.mean("reward/grader_errors", [bool(g.error) for g in grades])  # share the grader could not compare

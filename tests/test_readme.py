@@ -1,7 +1,7 @@
-"""What the README says of flags, metrics, constants, sizes and differences is made from the code: this test fails when it is not.
+"""What the pages say of sizes, tricks, metrics and constants is made from the code: this test fails when it is not.
 
-`python tests/test_readme.py --write` writes it anew, between the marks `<!-- NAME -->` and `<!-- end -->`, and in the figures'
-docstrings what was found.
+`python tests/test_readme.py --write` writes it anew, between the marks `<!-- NAME -->` and `<!-- end -->` of every page, and
+in the figures' docstrings what was found.
 """
 
 import argparse
@@ -20,128 +20,78 @@ sys.path[:0] = [
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, SHARED, load_module, make_parser
+from conftest import INFRA, ROOT, SCRIPTS, load_module, make_parser
 from test_bugs import PATCHES, head
 from test_plan import config
-from test_structure import DIFFERENT, TABLES, definitions, source
+from test_structure import source
 from test_trl import CASES, MODULES
 
-import common
 import dapo
 import lite_ppo
-import plan
-import study
+from data import evaluation
+from infra import flags, plan, runs
 
-README = ROOT / "README.md"
+# ------------------------------------------------------------------------------------------------------- the first page
 
 PAPERS = {
-    "grpo": ("GRPO, [arXiv 2402.03300](https://arxiv.org/abs/2402.03300)", "-"),
-    "dapo": (
-        "DAPO, [arXiv 2503.14476](https://arxiv.org/abs/2503.14476)",
-        "Clip-Higher, token mean, dynamic sampling, soft overlong punishment, reward 1/-1, no KL",
-    ),
-    "lite_ppo": (
-        "Lite PPO, [arXiv 2508.08221](https://arxiv.org/abs/2508.08221)",
-        "standard deviation of the batch, token mean, no KL; the study's other switches",
-    ),
-}
-
-METRICS = {  # every name that is logged, each once
-    "rollout/response_len, truncated, truncated_right": "tokens; share cut at `--max_response_len`; share cut there and right all the same",
-    "rollout/accuracy": "share of the sampled responses that are right, whatever the rewards",
-    "rollout/repeat_ratio, repeat_ratio_right, repeat_ratio_wrong": "of the truncated, of those with a right and with a wrong answer: "
-    "share that ends in a loop",
-    "rollout/entropy": "of the next token, nats, from all sampled tokens: minus the mean of their log-probabilities as they were sampled",
-    "rollout/prob_P": "share of the sampled tokens whose probability was P % or more, and less than the next P: 0, 30, 60, 85, 95, 99",
-    "rollout/sampled_responses, kept": "responses sampled for this step, those of dropped groups too; groups that are trained on",
-    "rollout/logp_gap, logp_k3": "trainer against engine, before any update: mean absolute difference (nats), and KL by "
-    "exp(d) - 1 - d. The canary: a run stops when the engine evidently samples from other weights (in fp32 one missed load "
-    "shows; in bf16 at a small learning rate it takes many)",
-    "reward/mean, std": "of all that was sampled, before dynamic sampling drops groups",
-    "reward/solved_all, solved_none": "share of the sampled groups all right, all wrong",
-    "reward/grader_errors, grader_timeouts": "share of responses the grader could not compare; had no time to compare",
-    "adv/std, max, zero": "of the advantages that are trained on; largest absolute value; share that is 0",
-    "train/loss, grad_norm, lr": "mean over the mini-batches; the norm before it is cut; read from the optimizer after the last update",
-    "train/entropy": "of the next token, nats, mean over trained tokens: those with a gradient, so without an advantage or a KL a response is left out",
-    "train/kl": "to the first policy, by `--kl_estimator`, mean over trained tokens; only with `--kl_coef` above 0",
-    "train/clip_low, clip_high, ratio_max": "share of tokens whose gradient the lower, upper bound cuts; largest ratio",
-    "eval/SET/accuracy, accuracy_se": "avg@n, n = `--eval_samples`; its standard error, were the problems drawn from more of the kind. `eval/mean`: the plain mean of the sets",
-    "eval/SET/pass@K, pass@K_se": "is one of K = `--eval_pass_k` responses right? Unbiased, from n",
-    "eval/SET/response_len, truncated, grader_errors": "mean over problems and responses",
-    "time/save, wake, sync, eval, generate, reward, old_logp, update, idle, step": "seconds in each phase; save is the one after the "
-    "step before; idle: waiting for the samples of slower processes; step is their sum",
-    "perf/generate_tokens_per_s, train_tokens_per_s": "response tokens sampled, and trained on, over the time of that phase",
-    "perf/padding, imbalance": "share of the packs' room (`--tokens_per_gpu`) that is empty; work of the busiest process over the mean, "
-    "by mini-batch",
-    "perf/mfu": "FLOPs of the update, what is computed twice counted once, over the GPUs' bf16 peak; where the peak is known",
-    "perf/peak_gpu_gb": "memory taken on the fullest GPU at the end of any phase of the step, vLLM's and torch's cache included",
-}
-
-
-WHAT = {
-    "rewards": "text in, number out",
-    "common": "flags, problems, start-up, log, checkpoints, evaluation",
-    "engines": "who samples: vLLM, or transformers' `generate`",
-    "training": "what is trained: packs, the forward pass, weights over several GPUs",
-    "plan": "memory and time of a command, before anything is loaded",
+    "grpo": ("GRPO", "2402.03300", "mean and std of the group, sequence mean, a KL"),
+    "dapo": ("DAPO", "2503.14476", "Clip-Higher, token mean, dynamic sampling, length penalty"),
+    "lite_ppo": ("Lite PPO", "2508.08221", "std of the batch, token mean, no KL"),
 }
 
 
 def sizes():
-    rows = ["| paper | script | lines | what it changes | `diff grpo.py` |", "|---|---|---|---|---|"]
+    rows = ["| arXiv | file | lines | what is in it | `diff grpo.py` |", "|---|---|---|---|---|"]
     for script in SCRIPTS:
         count = ["git", "diff", "--no-index", "--numstat", "grpo.py", f"{script}.py"]
         count = subprocess.run(count, cwd=ROOT, capture_output=True, text=True).stdout.split()
-        diff = f"+{count[0]} -{count[1]}" if script != "grpo" else "-"
-        paper, what = PAPERS[script]
-        rows.append(f"| {paper} | [{script}.py]({script}.py) | {len(source(script).splitlines())} | {what} | {diff} |")
-    for name, what in WHAT.items():
-        rows.append(f"| | [{name}.py]({name}.py) | {len(source(name).splitlines())} | {what} | |")
-    return rows
+        changed = f"+{count[0]} -{count[1]}" if script != "grpo" else "-"
+        paper, arxiv, what = PAPERS[script]
+        rows.append(f"| {paper} [{arxiv}] | {counted(f'{script}.py', f'{script}.py')} | {what} | {changed} |")
+    rows.append(f"| | {counted('rewards.py', 'rewards.py')} | the grader: text in, number out | |")
+    rows.append(f"| | {counted('common.py', 'common.py')} | what a script calls, and the map of infra/ | |")
+    infra = [f"infra/{name}.py" for name in INFRA]
+    return rows + [f"| | {counted('infra/', *infra)} | {len(infra)} files, each with one subject | |"]
 
 
-def core(script):
-    """What a script says: the defaults of its tricks, the math and the loop, without comments, docstring and the making of flags"""
-    text, module = source(script), MODULES[script]
+def counted(name, *files):
+    return f"[{name}]({name}) | {sum(len(source(file).splitlines()) for file in files):,}"
+
+
+def without_comments(text):
     lines = text.splitlines()
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.COMMENT:
             lines[token.start[0] - 1] = lines[token.start[0] - 1][: token.start[1]].rstrip()
-    tricks = {f: v[0] for f, v in module.DEFAULTS.items() if f not in flags.FLAGS}
-    math = {f: re.search(rf'^ +"{v}": +lambda [^:]*: (.+),$', "\n".join(lines), re.M) for f, v in tricks.items()}
-    defaults = [
-        f"--{f} {v}".ljust(36) * bool(math[f]) + (math[f][1] if math[f] else f"--{f} {v}") for f, v in tricks.items()
-    ]
+    return lines
+
+
+def math_of(script, choice):
+    """-> the line of math that a choice stands for in a table of the script, or None"""
+    lines = "\n".join(without_comments(source(f"{script}.py")))
+    found = re.search(rf'^ +"{choice}": +lambda [^:]*: (.+),$', lines, re.M)
+    return found and found[1]
+
+
+def core(script):
+    """What a script says, without comments, docstring and the making of flags: the defaults of its tricks, each with its
+    line of math in the place of the table it is from, the functions and the loop"""
+    text = source(f"{script}.py")
+    lines, shown = without_comments(text), []
+    for flag, (value, _) in MODULES[script].DEFAULTS.items():
+        if flag not in flags.FLAGS:
+            math = math_of(script, value)
+            shown.append(f"--{flag} {value}".ljust(36) + math if math else f"--{flag} {value}")
     for node in ast.parse(text).body:
-        name = getattr(node, "name", None) or (node.targets[0].id if isinstance(node, ast.Assign) else None)
-        if name and name not in {"parse_args", "DEFAULTS"}:
-            defaults += [line for line in lines[node.lineno - 1 : node.end_lineno] if line]
-    return defaults
+        if isinstance(node, ast.FunctionDef) and node.name != "parse_args":
+            shown += [line for line in lines[node.lineno - 1 : node.end_lineno] if line]
+    return shown
 
 
 def diff(script):
-    hunks = list(difflib.unified_diff(core("grpo"), core(script), n=0, lineterm=""))[2:]
-    shown = ["" if line.startswith("@@") else {"-": "< ", "+": "> "}[line[0]] + line[1:] for line in hunks]
-    return [f"    {line}".rstrip() for line in shown[1:]]
-
-
-def differences():
-    """Names that stand for different code in two scripts: those that may (tests/test_structure.py), and no others"""
-    found = {s: definitions(s) for s in SCRIPTS}
-    names = dict.fromkeys(name for s in SCRIPTS for name in found[s])
-    where = {name: [s for s in SCRIPTS if name in found[s]] for name in names}
-    same = [n for n in names if len(where[n]) == 3 and len({found[s][n] for s in SCRIPTS}) == 1]
-    differ = [n for n in names if len({found[s][n] for s in where[n]}) > 1]
-    assert set(differ) <= DIFFERENT | TABLES
-    rows = [
-        "| | |",
-        "|---|---|",
-        f"| the same in all three scripts | {ticks(same)} |",
-        f"| different | {ticks(differ)} |",
-    ]
-    return rows + [
-        f"| only in {s}.py | {ticks([n for n in names if where[n] == [s]])} |" for s in SCRIPTS if s != "lite_ppo"
-    ]
+    changed = difflib.unified_diff(core("grpo"), core(script), n=0, lineterm="")
+    shown = [line for line in list(changed)[2:] if not line.startswith("@@")]
+    return [f"    {'<' if line[0] == '-' else '>'} {line[1:]}" for line in shown]
 
 
 def ticks(names):
@@ -149,38 +99,118 @@ def ticks(names):
 
 
 def tricks():
-    rows = ["| flag | choices | grpo | dapo | lite_ppo | |", "|---|---|---|---|---|---|"]
-    for flag, actions in flags().items():
-        if flag in flags.FLAGS:
-            continue
-        choices = dict.fromkeys(str(c) for a in actions.values() for c in a.choices or [])
-        values = {s: MODULES[s].DEFAULTS[flag] for s in actions}  # (laptop, node)
-        cells = [" / ".join(f"`{v}`" for v in dict.fromkeys(values[s])) if s in values else "-" for s in SCRIPTS]
-        help = max((a.help for a in actions.values()), key=len)
-        rows.append(f"| `--{flag}` | {ticks(choices) or 'a number'} | {' | '.join(cells)} | {help} |")
+    """A row for each default of each flag: whose it is, the other choices, and what the flag is for"""
+    rows = ["| flag | default | of | other choices; what it is |", "|---|---|---|---|"]
+    for flag, actions in own_flags().items():
+        text = max((re.sub(r" \[[^]]*\]$", "", a.help) for a in actions.values()), key=len)
+        usual = {s: ", node ".join(map(str, dict.fromkeys(MODULES[s].DEFAULTS[flag]))) for s in actions}
+        values = list(dict.fromkeys(usual.values()))
+        others = dict.fromkeys(c for a in actions.values() for c in a.choices or [] if str(c) not in values)
+        told = [x for x in (ticks(others), text) if x]
+        told = told if len(values) > 1 else [". ".join(told)]
+        for i, value in enumerate(values):
+            mine = [s for s in actions if usual[s] == value]
+            users = "all" if mine == SCRIPTS else ", ".join(mine)
+            row = f"| {'' if i else f'`--{flag}`'} | `{value}` | {users} | "
+            rows.append(f"{row}{cut(told[i], 118 - len(row)) if i < len(told) else ''} |")
     return rows
 
 
-def shared():
-    rows = ["| flag | laptop | node: grpo | dapo | lite_ppo | |", "|---|---|---|---|---|---|"]
-    for flag, (_, help) in flags.FLAGS.items():
-        if flag in flags.MACHINE:
-            continue
-        laptop, node = zip(*(MODULES[s].DEFAULTS[flag] for s in SCRIPTS))
-        assert len(set(laptop)) == 1, f"--{flag}: the laptop is one bench for all scripts"
-        cells = [str(v).replace(",", ", ") for v in (laptop[0], *node)]
-        rows.append(f"| `--{flag}` | {' | '.join(cells)} | {help} |")
-    return rows
+def cut(text, room):
+    """The text, or its first clauses, as many as there is room for"""
+    mark = ";" if ";" in text else ","
+    clauses = text.split(mark)
+    shorter = [mark.join(clauses[:n]) + "." for n in range(len(clauses) - 1, 0, -1)]
+    return next((x for x in [text, *shorter] if len(x) <= room), text)
 
 
-def flags():
-    """-> for each flag the argparse actions of the scripts that have it"""
+def own_flags():
+    """-> for each flag of a trick the argparse actions of the scripts that have it"""
     found = {}
     for script in SCRIPTS:
         for action in make_parser(MODULES[script])._actions:
-            if action.dest in MODULES[script].DEFAULTS:
+            if action.dest in MODULES[script].DEFAULTS and action.dest not in flags.FLAGS:
                 found.setdefault(action.dest, {})[script] = action
     return found
+
+
+# ------------------------------------------------------------------------------------------------------------- metrics
+
+LOGGING = ["infra/runs.py", *(f"{script}.py" for script in SCRIPTS), "data/evaluation.py"]
+PHASES = ["rollout", "reward", "adv", "train", "eval", "time", "perf"]
+FILLED = {"rollout/repeat_ratio_{}": ["repeat_ratio_right", "repeat_ratio_wrong"], "rollout/prob_{}": ["prob_P"]}
+
+
+def logged():
+    """-> {metric: [(file, comment), ...]}, from log.mean("..."), sum, max and row["..."] = ...; {} where an f-string has one"""
+    found = {}
+    for file in LOGGING:
+        text = source(file)
+        tokens = [t for t in tokenize.generate_tokens(io.StringIO(text).readline) if t.type == tokenize.COMMENT]
+        comments = {t.start[0]: t.string.removeprefix("# ") for t in tokens}
+        alone = {t.start[0] for t in tokens if t.line.lstrip().startswith("#")}
+        for node in ast.walk(ast.parse(text)):
+            name = None
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and node.value.args:
+                if getattr(node.value.func, "attr", "") in {"mean", "sum", "max"}:
+                    name = node.value.args[0]
+            elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Subscript):
+                name = node.targets[0].slice
+            parts = name.values if isinstance(name, ast.JoinedStr) else [name]
+            name = "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in parts)
+            if name.partition("/")[0] in PHASES and "/" in name:
+                above = node.lineno - 1
+                while above in alone:
+                    above -= 1
+                told = " ".join(comments[i] for i in range(above + 1, node.lineno))
+                found.setdefault(name, []).append((file, comments.get(node.end_lineno, told)))
+    return found
+
+
+def phases():
+    """-> the names of log.lap("..."), in the order of a step"""
+    calls = [n for file in LOGGING for n in ast.walk(ast.parse(source(file))) if isinstance(n, ast.Call)]
+    laps = [n for n in calls if getattr(n.func, "attr", "") == "lap" and isinstance(n.args[0], ast.Constant)]
+    return list(dict.fromkeys(n.args[0].value for n in laps))
+
+
+def told_of_evaluation():
+    """-> [(metrics, meaning), ...] from the docstring of `summary`"""
+    rows = re.findall(r"^    ([\w@]+)  +(.+)$", evaluation.summary.__doc__, re.M)
+    return [([name, *re.findall(r"`(\w[^`]*)`", text.partition("likewise")[2])], text) for name, text in rows]
+
+
+def metrics():
+    rows = ["| metric | meaning (SET: an evaluation set, or `mean`, the plain mean of all) |", "|---|---|"]
+    found, by_phase = logged(), {phase: [] for phase in PHASES}
+    for name, places in found.items():
+        phase, rest = name.split("/", 1)
+        files, text = [file for file, _ in places], places[0][1]
+        if phase in ("time", "eval"):
+            continue
+        only = f" ({', '.join(files)})" if set(files) < {f"{s}.py" for s in SCRIPTS} else ""
+        first, *more = FILLED.get(name, [rest])
+        by_phase[phase].append(f"| {ticks([f'{phase}/{first}', *more])}{only} | {text} |")
+    by_phase["eval"] = [f"| `eval/SET/{names[0]}` | {text} |" for names, text in told_of_evaluation()]
+    others = {n.removeprefix("time/"): p[0][1] for n, p in found.items() if n.startswith("time/") and "{" not in n}
+    text = "; ".join([found["time/{}"][0][1], *(f"{name}: {text}" for name, text in others.items() if text)])
+    first, *more = [*phases(), *others]
+    by_phase["time"] = [f"| {ticks([f'time/{first}', *more])} | {text} |"]
+    return rows + sum(by_phase.values(), [])
+
+
+def test_every_metric_is_explained_once():
+    told_elsewhere = {"eval/{}/{}", "time/step"}  # by the docstring of `summary`, by the comment of the phases
+    for name, places in logged().items():
+        texts = {text for _, text in places}
+        assert name in told_elsewhere or (len(texts) == 1 and "" not in texts), f"{name} is explained as {texts}"
+        assert "{" not in name or name in FILLED.keys() | {"time/{}", "eval/{}/{}"}, f"{name}: which ones?"
+    sample = {"correct": True, "tokens": 1, "truncated": False, "error": ""}
+    found = sorted(name.replace("@1", "@K") for name in evaluation.summary([sample] * 2, 1, 1))
+    assert sorted(name for names, _ in told_of_evaluation() for name in names) == found
+
+
+# ----------------------------------------------------------------------------------------------------- the other pages
 
 
 def node_plan():
@@ -189,13 +219,6 @@ def node_plan():
         **{f: node for f, (_, node) in (flags.MACHINE | lite_ppo.DEFAULTS).items()}, reference=False
     )
     return [f"    {line}" for line in plan.report(args, plan.Shape(config("4B")), 8, 80).splitlines()]
-
-
-def machine():
-    rows = ["| flag | laptop | node | |", "|---|---|---|---|"]
-    for flag, (laptop, node) in flags.MACHINE.items():
-        rows.append(f"| `--{flag}` | {laptop} | {node} | {flags.FLAGS[flag][1]} |")
-    return rows
 
 
 def constants():
@@ -210,7 +233,7 @@ def constants():
     limits = {str(k).removeprefix("torch."): v for k, v in runs.STALE.items()}
     said = {
         "standard deviations": f"{'unbiased (n - 1)' if unbiased else 'biased (n)'}, plus {lite_ppo.EPS:g}",
-        "batch std": f"of the raw rewards of the whole rollout: {raw:.4f} on [[1,1,1,0],[1,0,0,0]]; the group-centred "
+        "std of the batch": f"of the raw rewards of the whole batch: {raw:.4f} on [[1,1,1,0],[1,0,0,0]]; the group-centred "
         f"ones have {centred:.4f}",
         "a group with equal rewards": f"advantage exactly {equal:g}, also where the rewards are no binary fractions",
         "token mean": "over one optimizer step: one mini-batch, all GPUs (DAPO's formula: over one group; its authors' recipe: as here)",
@@ -219,59 +242,23 @@ def constants():
         "advantages' mean and std",
         "a dropped group": "counts nowhere but in the metrics of `rollout/` and `reward/`",
         "one problem twice in a batch": "where dynamic sampling passes the end of an epoch, with other samples",
-        "overlong punishment": "with limit 20 and buffer 4: "
+        "soft overlong punishment": "with limit 20 and buffer 4: "
         + ", ".join(f"{p:g}" for p in penalty)
-        + " at 16, 18, 20, 24 tokens. The limit is "
-        "`--max_response_len`; the end token is counted",
+        + " at 16, 18, 20, 24 tokens. The limit is `--max_response_len`; EOS is counted",
         "KL": "of the sampled tokens at the sampling temperature, in the loss, without importance ratio; k1 has no pull, the gradient of "
         "k2 is that of KL(pi, ref), that of k3 is that of KL(ref, pi)",
         "the reference": "the model of `--model`, never updated; with LoRA the same model, adapter off",
         "LoRA": "all linear layers, alpha twice the rank, no dropout; the engine gets the sum",
-        "the end token": "is trained",
+        "EOS": "is trained",
         "a truncated response": "is graded like any other",
-        "old log-probabilities": "the trainer's own, computed before the first update of a rollout",
+        "old log-probabilities": "the trainer's own, before the first update of a rollout; under `--old_logp rollout` the engine's",
         "a mini-batch with no response left": "no optimizer step",
-        "learning rate": "linear warm-up over rollouts, then constant",
+        "learning rate": "linear warm-up over training steps, then constant",
         "a sample's seed": "a function of (run seed, step, problem id, sample number): the same on any number of GPUs",
-        "the canary's limits": ", ".join(f"{limit:g} nats in {kind}" for kind, limit in limits.items()),
+        "a stale engine": "stops the run: more than "
+        + ", ".join(f"{limit:g} nats in {kind}" for kind, limit in limits.items()),
     }
     return ["| | here |", "|---|---|", *(f"| {what} | {value} |" for what, value in said.items())]
-
-
-def metrics():
-    rows = ["| metric | meaning |", "|---|---|"]
-    logged = {name: [s for s in SCRIPTS if name in names(s)] for s in SCRIPTS for name in names(s)}
-    for key, meaning in METRICS.items():
-        prefix, rest = key.rsplit("/", 1)[0], key.rsplit("/", 1)[1].split(", ")
-        mine = logged.get(f"{prefix}/{rest[0]}", SCRIPTS)
-        only = (
-            "" if len(mine) == 3 or set().union(*map(names, SHARED)) & {f"{prefix}/{rest[0]}"} else f" ({mine[0]}.py)"
-        )
-        shown = [f"{prefix}/{rest[0]}", *rest[1:]]
-        rows.append(f"| {ticks(shown)}{only} | {meaning} |")
-    return rows
-
-
-def names(script):
-    """The metrics a file logs, from its calls log.mean("..."), row["..."] and so on; a name within {} stands as SET"""
-    found = set()
-    for node in ast.walk(ast.parse(source(script))):
-        text = None
-        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in {"mean", "sum", "max", "lap"} and node.args:
-            text = node.args[0]
-        elif isinstance(node, ast.Subscript):
-            text = node.slice
-        if isinstance(text, ast.JoinedStr):
-            text = "".join(part.value if isinstance(part, ast.Constant) else "SET" for part in text.values)
-        elif isinstance(text, ast.Constant) and isinstance(text.value, str):
-            text = f"time/{text.value}" if getattr(getattr(node, "func", None), "attr", "") == "lap" else text.value
-        if isinstance(text, str) and re.fullmatch(r"(rollout|reward|adv|train|eval|time|perf)/[\w/]+", text):
-            found.add(text)
-    if "eval/SET/SET" in found:  # what `summary` finds of a set
-        sample = {"correct": True, "tokens": 1, "truncated": False, "error": ""}
-        found |= {f"eval/SET/{metric.replace('@1', '@K')}" for metric in evaluation.summary([sample] * 2, 1, 1)}
-    found = {name.replace("prob_SET", "prob_P") for name in found}
-    return found - {"time/SET", "eval/mean/accuracy", "eval/SET/SET", "eval/SET/SET_se"}
 
 
 def agreement():
@@ -297,43 +284,43 @@ def data():
 
 
 def museum():
-    rows = ["| bug | in | what goes wrong | the test that turns red |", "|---|---|---|---|"]
+    rows = ["| bug | in | what goes wrong |", "|---|---|---|"]
     for path in PATCHES:
         file = re.search(r"^\+\+\+ b/(.+)$", path.read_text(), re.M)[1]
-        test = head(path, "Test").removeprefix("tests/")
-        rows.append(f"| [{path.stem}](tests/bugs/{path.name}) | {file} | {head(path, 'What')} | `{test}` |")
+        rows.append(f"| [{path.stem}](bugs/{path.name}) | {file} | {head(path, 'What')} |")
     return rows
 
 
-def example():
-    return [f"    {line}".rstrip() for line in (ROOT / "tests" / "gspo.patch").read_text().splitlines()]
+def log_index():
+    """GitHub's anchor of a title has no marks, and hyphens for its spaces"""
+    titles = re.findall(r"^## (\S+) (.+)$", source("LOG.md"), re.M)
+    anchors = [re.sub(r"[^\w -]", "", f"{date} {title}".lower()).replace(" ", "-") for date, title in titles]
+    return [f"- {date} [{title}](#{anchor})" for (date, title), anchor in zip(titles, anchors)]
 
 
-def figures():
-    rows = ["| figure | | picture |", "|---|---|---|"]
-    for module in study.figures():
-        name, title = module.__name__, module.__doc__.split("\n")[0].split(": ", 1)[1]
-        rows.append(f"| [{name[3:5]}](plots/{name}.py) | {title} | [{name}.png](plots/figures/{name}.png) |")
-    return rows
+# --------------------------------------------------------------------------------------------------------------- pages
 
 
-SECTIONS = {
-    "study": study.markdown,
-    "figures": figures,
-    "sizes": sizes,
-    "diff grpo.py lite_ppo.py": lambda: diff("lite_ppo"),
-    "diff grpo.py dapo.py": lambda: diff("dapo"),
-    "differences": differences,
-    "tricks": tricks,
-    "shared": shared,
-    "machine": machine,
-    "plan": node_plan,
-    "data": data,
-    "constants": constants,
-    "metrics": metrics,
-    "agreement": agreement,
-    "museum": museum,
-    "example": example,
+def study():
+    import study
+
+    return study
+
+
+PAGES = {
+    "README.md": {
+        "sizes": sizes,
+        "diff grpo.py lite_ppo.py": lambda: diff("lite_ppo"),
+        "tricks": tricks,
+    },
+    "plots/README.md": {
+        "study": lambda: study().markdown(),
+        "figures": lambda: study().figures_markdown(),
+        "metrics": metrics,
+    },
+    "data/README.md": {"data": data},
+    "tests/README.md": {"plan": node_plan, "constants": constants, "agreement": agreement, "museum": museum},
+    "LOG.md": {"index": log_index},
 }
 
 
@@ -343,24 +330,22 @@ def replaced(text, name, lines):
     return before + start + "\n".join(["", *lines, "", ""]) + end + after.split(end, 1)[1]
 
 
-@pytest.mark.parametrize("name", SECTIONS)
-def test_the_readme_is_up_to_date(name):
-    text = README.read_text()
-    assert text == replaced(text, name, SECTIONS[name]()), "run `python tests/test_readme.py --write`"
+@pytest.mark.parametrize("page, name", [(page, name) for page in PAGES for name in PAGES[page]])
+def test_the_pages_are_up_to_date(page, name):
+    assert source(page) == replaced(source(page), name, PAGES[page][name]()), "python tests/test_readme.py --write"
 
 
-def test_every_metric_is_explained_once():
-    told = [f"{key.rsplit('/', 1)[0]}/{name}" for key in METRICS for name in key.rsplit("/", 1)[1].split(", ")]
-    logged = set().union(*(names(s) for s in [*SCRIPTS, *SHARED]))
-    assert len(told) == len(set(told)) and set(told) == logged
+def write():
+    for page, sections in PAGES.items():
+        text = source(page)
+        for name, lines in sections.items():
+            text = replaced(text, name, lines())
+        (ROOT / page).write_text(text)
+    for module in study().figures():
+        Path(module.__file__).write_text(study().told(module))
 
 
 if __name__ == "__main__":
     if sys.argv[1:] != ["--write"]:
         sys.exit("python tests/test_readme.py --write")
-    text = README.read_text()
-    for name, lines in SECTIONS.items():
-        text = replaced(text, name, lines())
-    README.write_text(text)
-    for module in study.figures():
-        Path(module.__file__).write_text(study.told(module))
+    write()
