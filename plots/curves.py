@@ -1,9 +1,10 @@
-"""Reward, accuracy, response length and entropy of one or more runs, or any four metrics.
+"""Training accuracy, accuracy, response length and entropy of runs, or any four metrics: runs that differ in their seed are one line.
 
 python plots/curves.py runs/A runs/B ... --out curves.png --metrics train/kl,train/clip_high,train/grad_norm,adv/std
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -11,43 +12,81 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 
-sys.path.append(str(Path(__file__).parent))  # a training script imports this file too
-import runs  # noqa: E402
+sys.path.append(str(Path(__file__).parent.parent))
+from infra.runs import read_metrics  # noqa: E402
 
 PANELS = {  # metric: title
-    "reward/mean": "reward of the training batch",
+    "rollout/accuracy": "accuracy of the training batch",
     "eval/mean/accuracy": "accuracy, mean of the evaluation sets",
     "rollout/response_len": "response length (tokens)",
     "train/entropy": "entropy of the next token (nats)",
 }
 
 
-def draw(folders, out, metrics=tuple(PANELS)):
-    """One line a run in each of four panels; a run without a metric has no line there, one that cannot be read is left out."""
-    figure, axes = plt.subplots(2, 2, figsize=(9, 6), sharex=True, layout="constrained")
-    found = {folder: runs.read_metrics(folder) for folder in map(Path, folders)}
+def settings(folder):
+    """-> the flags of a run, as text; a folder without args.json stands for itself"""
+    path = folder / "args.json"
+    flags = json.loads(path.read_text()) if path.is_file() else {}
+    return {"script": folder.name} | {name: str(value) for name, value in flags.items()}
+
+
+def lines(folders):
+    """-> {label: the rows of each of its runs}; a run that cannot be read is left out. A label is the script, where there are
+    several, and the flags that differ among its runs."""
+    found = {folder: rows for folder in map(Path, folders) if (rows := read_metrics(folder))}
+    flags, scripts, named = {folder: settings(folder) for folder in found}, {}, {}
+    for mine in flags.values():
+        scripts.setdefault(mine["script"], []).append(mine)
     for folder, rows in found.items():
-        for ax, metric in zip(axes.flat, metrics):
-            points = [(row["step"], row[metric]) for row in rows if metric in row]
-            if points:
-                ax.plot(
-                    *zip(*points),
-                    marker="o" if len(points) < 20 else None,
-                    markersize=4,
-                    label=folder.name,
-                )
+        mine, others = flags[folder], scripts[flags[folder]["script"]]
+        differ = [name for name in mine if name != "seed" and len({other.get(name) for other in others}) > 1]
+        parts = [mine["script"]] * (len(scripts) > 1)
+        label = ", ".join([*parts, *(f"{name}={mine[name]}" for name in differ)])
+        named.setdefault(label, []).append((folder, rows))
+    return {
+        (label or flags[runs[0][0]]["script"]) + f" ({len(runs)} seeds)" * (len(runs) > 1): [rows for _, rows in runs]
+        for label, runs in named.items()
+    }
+
+
+def curve(runs, metric):
+    """-> steps (n,), values (runs, n), of the steps at which all runs that have the metric have it"""
+    found = [{row["step"]: row[metric] for row in rows if row.get(metric) is not None} for rows in runs]
+    found = [one for one in found if one]
+    steps = sorted(set.intersection(*map(set, found))) if found else []
+    return steps, np.array([[one[step] for step in steps] for one in found])
+
+
+def draw(folders, out, metrics=tuple(PANELS)):
+    """A line for each label, with a band of one standard deviation over its seeds; -> was there anything to draw?"""
+    figure, axes = plt.subplots(2, 2, figsize=(9, 6), sharex=True, layout="constrained")
+    named = lines(folders)
     for ax, metric in zip(axes.flat, metrics):
+        for k, (label, runs) in enumerate(named.items()):
+            steps, values = curve(runs, metric)
+            if not len(steps):
+                continue
+            mean, look = values.mean(0), {"color": f"C{k}", "marker": "o" if len(steps) < 20 else None, "markersize": 4}
+            ax.plot(steps, mean, label=label, **look)
+            if len(values) > 1:
+                sd = values.std(0, ddof=1)
+                ax.fill_between(steps, mean - sd, mean + sd, color=look["color"], alpha=0.2, lw=0)
+        if named and not ax.has_data():
+            print(f"{metric}: no run has it", file=sys.stderr)
         ax.set_title(PANELS.get(metric, metric), fontsize=10)
         ax.grid(alpha=0.3)
         if metric.endswith("accuracy"):
             ax.set_ylim(0, 1)
     for ax in axes[1]:
-        ax.set_xlabel("rollouts trained on")
-    lines = {label: line for ax in axes.flat for line, label in zip(*ax.get_legend_handles_labels())}
-    figure.legend(lines.values(), lines.keys(), loc="outside lower center", fontsize=8)
-    figure.savefig(out, dpi=120)
+        ax.set_xlabel("training steps")
+    shown = {label: line for ax in axes.flat for line, label in zip(*ax.get_legend_handles_labels())}
+    if shown:
+        figure.legend(shown.values(), shown.keys(), loc="outside lower center", fontsize=8)
+        figure.savefig(out, dpi=120)
     plt.close(figure)
+    return bool(shown)
 
 
 if __name__ == "__main__":
@@ -56,5 +95,6 @@ if __name__ == "__main__":
     parser.add_argument("--out", default="curves.png", help="the picture [%(default)s]")
     parser.add_argument("--metrics", default=",".join(PANELS), help="up to four, separated by commas [%(default)s]")
     args = parser.parse_args()
-    draw(args.runs, args.out, args.metrics.split(","))
+    if not draw(args.runs, args.out, args.metrics.split(",")):
+        sys.exit("nothing to draw")
     print(args.out)

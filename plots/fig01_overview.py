@@ -2,7 +2,7 @@
 
 Question: GRPO, DAPO with its five tricks, Lite PPO with two: which ends highest on the mean of the six evaluation sets?
 Paper: Lite PPO; complexity is not needed.
-(At equal rollouts, for which DAPO samples more: figure 15.)
+(At equal training steps, for which DAPO samples more: figure 15.)
 
 Here: Lite PPO beats GRPO: not seen, -0.002 [-0.020, +0.020];
 Lite PPO beats DAPO: not seen, -0.020 [-0.043, +0.008].
@@ -19,30 +19,34 @@ Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node sho
 
 import sys
 
-import runs
+from claims import Claim
+from figure import main
+from launch import flags_of, panel
+from panels import NAMES, entitle, grid, line
+from table import SCORE, Table
 
 SIZES = "4B", "8B"
 METRICS = []
 CLAIMS = [
-    runs.Claim("Lite PPO beats GRPO", "script", "lite_ppo", "grpo"),
-    runs.Claim("Lite PPO beats DAPO", "script", "lite_ppo", "dapo"),
+    Claim("Lite PPO beats GRPO", "script", "lite_ppo", "grpo"),
+    Claim("Lite PPO beats DAPO", "script", "lite_ppo", "dapo"),
 ]
 
 
 def draw(rows):
-    table = runs.Table(rows)
-    panels = list(dict.fromkeys(map(runs.panel, table.commands)))
-    figure, axes = runs.grid(1, len(panels), height=2.8)
+    table = Table(rows)
+    panels = list(dict.fromkeys(map(panel, table.commands)))
+    figure, axes = grid(1, len(panels), height=2.8)
     for ax, name in zip(axes[0], panels):
         for command in table.commands:
-            if runs.panel(command) == name:
-                runs.line(ax, table, command, runs.flags(command)["script"], runs.SCORE, smoothed=False)
+            if panel(command) == name:
+                line(ax, table, command, flags_of(command)["script"], SCORE, smoothed=False)
         ax.set_title(f"{name} (bands: ± s.d. over seeds)", fontsize=9)
-        ax.set_xlabel("rollouts trained on", fontsize=9)
-    axes[0, 0].set_ylabel(runs.NAMES[runs.SCORE], fontsize=9)
-    runs.entitle(figure, table, "Two tricks against five, and against GRPO", CLAIMS)
+        ax.set_xlabel("training steps", fontsize=9)
+    axes[0, 0].set_ylabel(NAMES[SCORE], fontsize=9)
+    entitle(figure, table, "Two tricks against five, and against GRPO", CLAIMS)
     return figure
 
 
 if __name__ == "__main__":
-    runs.main(sys.modules[__name__])
+    main(sys.modules[__name__])

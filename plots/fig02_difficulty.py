@@ -18,7 +18,8 @@ import sys
 from pathlib import Path
 
 import difficulty
-import runs
+from figure import commands_at, main
+from launch import ROOT, flags_of
 
 SIZES = ("4B", "8B")
 CLAIMS = []
@@ -28,18 +29,16 @@ TIERS = "easy", "medium", "hard"
 def run(args):
     """-> rows of the table: model, tier, how many of 8 responses are right, how many problems that is"""
     rows = []
-    for command in runs.commands_at(sys.modules[__name__], args.scale):
-        model = runs.flags(command)["model"]
+    for command in commands_at(sys.modules[__name__], args.scale):
+        model = flags_of(command)["model"]
         laptop = args.scale == "laptop"
         size, source = (16 * (args.steps or 40), "data/tiny") if laptop else (None, "data")  # None: all of them
-        files = subset(
-            args.runs.absolute() / f"difficulty__{Path(model).name}__{size or 'all'}", runs.ROOT / source, size
-        )
+        files = subset(args.runs.absolute() / f"difficulty__{Path(model).name}__{size or 'all'}", ROOT / source, size)
         counted = [file.with_suffix(".difficulty.jsonl") for file in files]
         if not all(map(Path.is_file, counted)):
             launcher = ["accelerate", "launch"] if args.scale == "node" else [sys.executable]
-            script = [str(runs.ROOT / "data" / "difficulty.py"), "--scale", args.scale, "--model", model]
-            subprocess.run([*launcher, *script, "--data", ",".join(map(str, files))], cwd=runs.ROOT, check=True)
+            script = [str(ROOT / "data" / "difficulty.py"), "--scale", args.scale, "--model", model]
+            subprocess.run([*launcher, *script, "--data", ",".join(map(str, files))], cwd=ROOT, check=True)
         for tier, file in zip(TIERS, counted):
             counts = enumerate(difficulty.count(difficulty.read(file)))
             rows += [{"model": Path(model).name, "tier": tier, "right": k, "problems": n} for k, n in counts]
@@ -76,4 +75,4 @@ def draw(rows):
 
 
 if __name__ == "__main__":
-    runs.main(sys.modules[__name__])
+    main(sys.modules[__name__])

@@ -18,12 +18,16 @@ Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node sho
 
 import sys
 
-import runs
+from claims import Claim
+from figure import main
+from launch import panel
+from panels import comparison, entitle
+from table import Table
 
 SIZES = "4B", "8B"
 METRICS = ["rollout/accuracy", "rollout/response_len"]
 CLAIMS = [
-    runs.Claim(
+    Claim(
         "responses of the base model grow more on hard data than on easy (tokens)",
         "data",
         "hard",
@@ -33,16 +37,16 @@ CLAIMS = [
         5,
         change=True,
     ),
-    runs.Claim("the base model gains more than the aligned one", "kind", "base", "aligned", change=True),
+    Claim("the base model gains more than the aligned one", "kind", "base", "aligned", change=True),
 ]
 
 
 def draw(rows):
-    table = runs.Table(rows)
-    figure = runs.compare(table, "data", METRICS, key=lambda command: runs.panel(command).split(",")[0])
-    runs.entitle(figure, table, "Training on easy, medium and hard data", CLAIMS)
+    table = Table(rows)
+    figure = comparison(table, "data", METRICS, key=lambda command: panel(command).split(",")[0])
+    entitle(figure, table, "Training on easy, medium and hard data", CLAIMS)
     return figure
 
 
 if __name__ == "__main__":
-    runs.main(sys.modules[__name__])
+    main(sys.modules[__name__])

@@ -1,10 +1,10 @@
 """Figure 4: which normalization of the advantages?
 
 Question: does an advantage need a mean and a standard deviation, and those of its group or of the whole batch?
-Paper: of its group, which is steadier and ends higher; under rewards 1 and 0 batch normalization is unstable (takeaway 1).
+Paper: of its group, which is steadier and ends higher; under rewards 1 and 0 batch-level normalization is unstable (takeaway 1).
 
-Here: group norm beats batch norm: not seen, +0.007 [-0.004, +0.023];
-group norm beats none: opposite, -0.024 [-0.036, -0.011].
+Here: group-level beats batch-level: not seen, +0.007 [-0.004, +0.023];
+group-level beats none: opposite, -0.024 [-0.036, -0.011].
 
 Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node shows the paper's:
 
@@ -21,22 +21,25 @@ Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node sho
 
 import sys
 
-import runs
+from claims import Claim
+from figure import main
+from panels import comparison, entitle
+from table import Table
 
 SIZES = "4B", "8B"
 METRICS = ["rollout/accuracy"]
 CLAIMS = [
-    runs.Claim("group norm beats batch norm", "norm", "group_mean_group_std", "batch_mean_batch_std", takeaway=1),
-    runs.Claim("group norm beats none", "norm", "group_mean_group_std", "none", takeaway=1),
+    Claim("group-level beats batch-level", "norm", "group_mean_group_std", "batch_mean_batch_std", takeaway=1),
+    Claim("group-level beats none", "norm", "group_mean_group_std", "none", takeaway=1),
 ]
 
 
 def draw(rows):
-    table = runs.Table(rows)
-    figure = runs.compare(table, "norm")
-    runs.entitle(figure, table, "Group norm, batch norm or none, rewards 1 and 0", CLAIMS)
+    table = Table(rows)
+    figure = comparison(table, "norm")
+    entitle(figure, table, "Group-level, batch-level or no normalization, rewards 1 and 0", CLAIMS)
     return figure
 
 
 if __name__ == "__main__":
-    runs.main(sys.modules[__name__])
+    main(sys.modules[__name__])

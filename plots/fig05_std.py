@@ -17,15 +17,18 @@ Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node sho
 
 import sys
 
-import runs
+from claims import Claim
+from figure import main
+from panels import comparison, entitle
+from table import Table
 
 SIZES = "4B", "8B"
 METRICS = ["reward/std"]
 CLAIMS = [
-    runs.Claim(
+    Claim(
         "the rewards vary less on easy data at the end (std)", "data", "hard", "easy", {}, "reward/std", 5, takeaway=2
     ),
-    runs.Claim(
+    Claim(
         "on easy data it is better without std",
         "norm",
         "batch_mean",
@@ -33,7 +36,7 @@ CLAIMS = [
         {"data": "easy"},
         takeaway=2,
     ),
-    runs.Claim(
+    Claim(
         "on hard data it is the same without std",
         "norm",
         "batch_mean",
@@ -46,15 +49,15 @@ CLAIMS = [
 
 
 def draw(rows):
-    table = runs.Table(rows)
-    figure = runs.compare(table, "norm", METRICS)
+    table = Table(rows)
+    figure = comparison(table, "norm", METRICS)
     left = figure.axes[::3]  # easy and hard on one scale
     low, high = zip(*(ax.get_ylim() for ax in left))
     for ax in left:
         ax.set_ylim(min(low), max(high))
-    runs.entitle(figure, table, "With and without the standard deviation (batch mean)", CLAIMS)
+    entitle(figure, table, "With and without the standard deviation (batch mean)", CLAIMS)
     return figure
 
 
 if __name__ == "__main__":
-    runs.main(sys.modules[__name__])
+    main(sys.modules[__name__])

@@ -15,21 +15,24 @@ Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node sho
 
 import sys
 
-import runs
+from claims import Claim
+from figure import main
+from panels import comparison, entitle
+from table import Table
 
 SIZES = "4B", "8B"
 METRICS = ["rollout/accuracy"]
 CLAIMS = [
-    runs.Claim("batch std beats group std", "norm", "group_mean_batch_std", "group_mean_group_std", takeaway=3),
+    Claim("batch std beats group std", "norm", "group_mean_batch_std", "group_mean_group_std", takeaway=3),
 ]
 
 
 def draw(rows):
-    table = runs.Table(rows)
-    figure = runs.compare(table, "norm")
-    runs.entitle(figure, table, "Group mean, and the std of the group or of the batch", CLAIMS)
+    table = Table(rows)
+    figure = comparison(table, "norm")
+    entitle(figure, table, "Group mean, and the std of the group or of the batch", CLAIMS)
     return figure
 
 
 if __name__ == "__main__":
-    runs.main(sys.modules[__name__])
+    main(sys.modules[__name__])

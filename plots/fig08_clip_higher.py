@@ -2,7 +2,7 @@
 
 Question: an upper clip of 0.28 against 0.20, base and aligned models: which ends higher?
 Paper: aligned models gain; base models do not, or are harmed (takeaway 4).
-(The clip figures take 16 updates a rollout at 2e-4, where the bounds cut enough to matter, and training is unstable: LOG.md.)
+(The clip figures take 16 updates a step at 2e-4, where the bounds clip enough to matter, and training is unstable: LOG.md.)
 
 Here: 0.28 helps the aligned model: not seen, -0.010 [-0.066, +0.050];
 0.28 does not help the base model: not seen, -0.022 [-0.139, +0.043].
@@ -19,24 +19,27 @@ Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node sho
 
 import sys
 
-import runs
+from claims import Claim
+from figure import main
+from panels import comparison, entitle
+from table import Table
 
 SIZES = "4B", "8B"
 METRICS = ["rollout/accuracy", "train/clip_high"]
 CLAIMS = [
-    runs.Claim("0.28 helps the aligned model", "clip_high", "0.28", "0.2", {"kind": "aligned"}, takeaway=4),
-    runs.Claim(
+    Claim("0.28 helps the aligned model", "clip_high", "0.28", "0.2", {"kind": "aligned"}, takeaway=4),
+    Claim(
         "0.28 does not help the base model", "clip_high", "0.28", "0.2", {"kind": "base"}, takeaway=4, expect="no more"
     ),
 ]
 
 
 def draw(rows):
-    table = runs.Table(rows)
-    figure = runs.compare(table, "clip_high", METRICS)
-    runs.entitle(figure, table, "Upper clip 0.28 against 0.20", CLAIMS)
+    table = Table(rows)
+    figure = comparison(table, "clip_high", METRICS)
+    entitle(figure, table, "Upper clip 0.28 against 0.20", CLAIMS)
     return figure
 
 
 if __name__ == "__main__":
-    runs.main(sys.modules[__name__])
+    main(sys.modules[__name__])

@@ -1,9 +1,9 @@
-"""Figure 9 (and 20): how sure is the model of its words?
+"""Figure 9 (and 20): how probable are the sampled tokens?
 
 Question: what share of the sampled tokens had a probability of 0.99 or more, 0.95 to 0.99, ...; base and aligned, upper clip 0.20 and 0.28?
 Paper: in aligned models far fewer tokens are near certain, and fewer under 0.28, so that there is more for Clip-Higher to act on.
-(Over all rollouts of a run; the paper says "initial stage".)
-(The clip figures take 16 updates a rollout at 2e-4, where the bounds cut enough to matter, and training is unstable: LOG.md.
+(Over all steps of a run; the paper says "initial stage".)
+(The clip figures take 16 updates a step at 2e-4, where the bounds clip enough to matter, and training is unstable: LOG.md.
 The probabilities are those of sampling: on a node of what top_p and top_k leave.)
 
 Here: base has more near-certain tokens: opposite, -0.017 [-0.025, -0.007];
@@ -19,29 +19,33 @@ Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node sho
 
 import sys
 
-import runs
+from claims import Claim
+from figure import main
+from launch import flags_of, panel
+from panels import STYLES, entitle, grid
+from table import Table
 
 SIZES = "4B", "8B"
 METRICS = [r"rollout/prob_\d+"]
 CLAIMS = [
-    runs.Claim("base has more near-certain tokens", "kind", "base", "aligned", {}, "rollout/prob_99", 500),
-    runs.Claim("0.28 leaves fewer of them", "clip_high", "0.2", "0.28", {}, "rollout/prob_99", 500),
+    Claim("base has more near-certain tokens", "kind", "base", "aligned", {}, "rollout/prob_99", 500),
+    Claim("0.28 leaves fewer of them", "clip_high", "0.2", "0.28", {}, "rollout/prob_99", 500),
 ]
 BINS = {"0": "<.3", "30": ".3-.6", "60": ".6-.85", "85": ".85-.95", "95": ".95-.99", "99": ">=.99"}
 
 
 def draw(rows):
-    table = runs.Table(rows)
-    panels = list(dict.fromkeys(map(runs.panel, table.commands)))
-    figure, axes = runs.grid(1, len(panels), height=2.8)
+    table = Table(rows)
+    panels = list(dict.fromkeys(map(panel, table.commands)))
+    figure, axes = grid(1, len(panels), height=2.8)
     for ax, name in zip(axes[0], panels):
-        mine = [c for c in table.commands if runs.panel(c) == name]
+        mine = [c for c in table.commands if panel(c) == name]
         for k, command in enumerate(mine):
             scores = [list(table.last(command, f"rollout/prob_{low}", 500).values()) for low in BINS]
             if not all(scores):
                 continue
             means = [100 * sum(s) / len(s) for s in scores]
-            label, colour, *_ = runs.STYLES[runs.flags(command)["clip_high"]]
+            label, colour, *_ = STYLES[flags_of(command)["clip_high"]]
             at = [i + (k - (len(mine) - 1) / 2) * 0.4 for i in range(len(BINS))]
             bars = ax.bar(at, means, 0.38, color=colour, label=label, hatch="//" * k, edgecolor="white")
             ax.bar_label(bars, fmt="%.1f", fontsize=7)
@@ -49,9 +53,9 @@ def draw(rows):
         ax.set_title(name, fontsize=9)
         ax.set_xlabel("probability of a sampled token", fontsize=9)
     axes[0, 0].set_ylabel("sampled tokens (%)", fontsize=9)
-    runs.entitle(figure, table, "How probable the sampled tokens were", CLAIMS)
+    entitle(figure, table, "How probable the sampled tokens were", CLAIMS)
     return figure
 
 
 if __name__ == "__main__":
-    runs.main(sys.modules[__name__])
+    main(sys.modules[__name__])

@@ -1,11 +1,11 @@
-"""Figure 10: which words does the clip cut?
+"""Figure 10: which tokens are clipped?
 
-Question: which tokens are cut most often by an upper clip of 0.20 and of 0.28, aligned model, and where in a response do they stand?
+Question: which tokens are clipped most often by an upper bound of 0.20 and of 0.28, aligned model, and where in a response do they stand?
 Paper: under 0.20 connectives at the start of sentences (therefore, if, but); under 0.28 far fewer, and function words (is, the) (takeaway 5).
-(The clip figures take 16 updates a rollout at 2e-4, where the bounds cut enough to matter, and training is unstable: LOG.md.
-Counts are over all steps and seeds; the response shown is that with most cuts of all that were logged.)
+(The clip figures take 16 updates a step at 2e-4, where the bounds clip enough to matter, and training is unstable: LOG.md.
+Counts are over all steps and seeds; the response shown is that with most clipped tokens of all that were logged.)
 
-Here: under 0.28 fewer tokens are cut (of 1,000): seen, +0.701 [+0.466, +0.913];
+Here: under 0.28 fewer tokens are clipped (of 1,000): seen, +0.701 [+0.466, +0.913];
 under 0.20 more of them are connectives (share): not seen, -0.014 [-0.030, +0.005].
 
 Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node shows the paper's:
@@ -18,14 +18,18 @@ import math
 import sys
 from collections import Counter
 
-import runs
+from claims import Claim
+from figure import main
+from launch import flags_of
+from panels import STYLES, entitle, grid
+from table import Table, collect_rows, read_rows
 
 SIZES = ("4B", "8B")
 CONNECTIVES = "after and but if next now so then therefore thus wait".split()
 FUNCTION = "is it of that the this we , . :".split()
 CLAIMS = [
-    runs.Claim("under 0.28 fewer tokens are cut (of 1,000)", "clip_high", "0.2", "0.28", {}, "cuts", 1, takeaway=5),
-    runs.Claim(
+    Claim("under 0.28 fewer tokens are clipped (of 1,000)", "clip_high", "0.2", "0.28", {}, "clipped", 1, takeaway=5),
+    Claim(
         "under 0.20 more of them are connectives (share)", "clip_high", "0.2", "0.28", {}, "connectives", 1, takeaway=5
     ),
 ]
@@ -36,16 +40,16 @@ WIDTH, LINES = 64, 6  # characters in a line, lines that are shown
 
 
 def collect(found):
-    """-> rows of three kinds: of a run the cuts and the share of connectives in those of the upper bound; of a bound and a
-    token how often it was cut; of the response with most upper cuts of a command a token, with its ratio. found: [(command, seed, folder)]
+    """-> rows of three kinds: of a run the clipped tokens and the share of connectives in those of the upper bound; of a bound and a
+    token how often it was clipped; of the response with most tokens clipped above of a command a token, with its ratio. found: [(command, seed, folder)]
     """
-    columns = "command", "seed", "step", "cuts", "connectives", "kind", "token", "count", "ratio"
+    columns = "command", "seed", "step", "clipped", "connectives", "kind", "token", "count", "ratio"
     rows, blank, shares, logged = [], dict.fromkeys(columns), {}, {}
-    for r in runs.table_of(found, ["train/clip_high"]):
+    for r in collect_rows(found, ["train/clip_high"]):
         shares.setdefault((r["command"], r["seed"]), []).append(r.get("train/clip_high"))
     for command, seed, run in found:
         row, share = blank | {"command": command, "seed": seed}, [s for s in shares[command, seed] if s is not None]
-        steps = runs.read_lines(run / "clipped.jsonl")
+        steps = read_rows(run / "clipped.jsonl")
         if not share or not steps:
             rows.append(row)
             continue
@@ -54,12 +58,12 @@ def collect(found):
             for bound, count in counts.items():
                 for token, _, n in step[bound]:
                     count[token.strip().lower()] += n
-        cut = counts["high"].total()
-        connectives = sum(counts["high"][word] for word in CONNECTIVES) / cut if cut else None
-        cuts = 1000 * sum(share) / len(share)
-        rows.append(row | {"step": 0, "kind": "run", "cuts": cuts, "connectives": connectives})
+        clipped = counts["high"].total()
+        connectives = sum(counts["high"][word] for word in CONNECTIVES) / clipped if clipped else None
+        of_1000 = 1000 * sum(share) / len(share)
+        rows.append(row | {"step": 0, "kind": "run", "clipped": of_1000, "connectives": connectives})
         rows += [row | {"kind": b, "token": t, "count": n} for b, count in counts.items() for t, n in count.items()]
-        logged.setdefault(command, []).extend((r, row) for r in runs.read_lines(run / "tokens.jsonl"))
+        logged.setdefault(command, []).extend((r, row) for r in read_rows(run / "tokens.jsonl"))
     for responses in filter(None, logged.values()):
         best, row = max(responses, key=lambda pair: (len(pair[0]["high"]), len(pair[0]["low"])))
         where = {i: bound for bound in ("low", "high") for i in best[bound]}
@@ -69,22 +73,22 @@ def collect(found):
 
 
 def draw(rows):
-    table = runs.Table(rows)
-    named = [c for c in table.commands if runs.flags(c)["size"] == runs.flags(table.commands[0])["size"]]
-    figure, axes = runs.grid(2, len(named), height=2.5)
+    table = Table(rows)
+    named = [c for c in table.commands if flags_of(c)["size"] == flags_of(table.commands[0])["size"]]
+    figure, axes = grid(2, len(named), height=2.5)
     for ax in axes[0, 1:]:
         ax.sharey(axes[0, 0])
     for column, command in zip(axes.T, named):
         mine = [r for r in rows if r["command"] == command]
         top(column[0], mine)
         show(column[1], [r for r in mine if (r["kind"] or "").startswith("shown")])
-        column[0].set_title(runs.STYLES[runs.flags(command)["clip_high"]][0], fontsize=9)
-    runs.entitle(figure, table, "Which tokens the bounds cut, aligned model", CLAIMS)
+        column[0].set_title(STYLES[flags_of(command)["clip_high"]][0], fontsize=9)
+    entitle(figure, table, "Which tokens are clipped, aligned model", CLAIMS)
     return figure
 
 
 def top(ax, rows):
-    """The tokens that the upper bound cut most often"""
+    """The tokens that the upper bound clipped most often"""
     counts, seeds = Counter(), {r["seed"] for r in rows if r["kind"] == "run"}
     for r in rows:
         if r["kind"] == "high":
@@ -95,13 +99,13 @@ def top(ax, rows):
         if of := [k for k, found in enumerate(kinds) if found == kind]:
             ax.bar(of, [values[k] for k in of], color=colour, hatch=hatch, edgecolor="white", label=kind)
     ax.set_xticks(range(len(names)), names, rotation=90, parse_math=False)
-    ax.set_ylabel("cut by the upper bound (times a run)", fontsize=9)
+    ax.set_ylabel("clipped above (times a run)", fontsize=9)
 
 
 def show(ax, rows):
-    """A response, token by token, shaded by its ratio; what a bound cut is framed, with its ratio above"""
+    """A response, token by token, shaded by its ratio; what is clipped is framed, with its ratio above"""
     ax.axis("off")
-    ax.set_title("shade: ratio below 1 blue, above 1 orange; frame: cut by a bound", fontsize=8, loc="left")
+    ax.set_title("shade: ratio below 1 blue, above 1 orange; frame: clipped", fontsize=8, loc="left")
     column = line = 0
     for k, r in enumerate(rows):
         text, bound = r["token"].replace("\n", " "), r["kind"].removeprefix("shown").strip()
@@ -125,4 +129,4 @@ def show(ax, rows):
 
 
 if __name__ == "__main__":
-    runs.main(sys.modules[__name__])
+    main(sys.modules[__name__])

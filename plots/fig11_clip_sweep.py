@@ -2,7 +2,7 @@
 
 Question: the aligned model with an upper clip of 0.20, 0.24, 0.28 and 0.32: does more give more?
 Paper: at 4B up to 0.32, the best; at 8B there is no order, and 0.28 is the best (takeaway 6).
-(The clip figures take 16 updates a rollout at 2e-4, where the bounds cut enough to matter, and training is unstable: LOG.md.)
+(The clip figures take 16 updates a step at 2e-4, where the bounds clip enough to matter, and training is unstable: LOG.md.)
 
 Here: 0.24 beats 0.20: not seen, -0.020 [-0.058, +0.036];
 0.28 beats 0.24: not seen, -0.001 [-0.050, +0.036];
@@ -19,22 +19,25 @@ Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node sho
 
 import sys
 
-import runs
+from claims import Claim
+from figure import main
+from panels import comparison, entitle
+from table import Table
 
 SIZES = "4B", "8B"
 METRICS = ["rollout/accuracy"]
 CLAIMS = [  # of the small model; of the larger one the paper says that there is no order
-    runs.Claim(f"{high} beats {float(low):.2f}", "clip_high", high, low, {"size": "4B"}, takeaway=6)
+    Claim(f"{high} beats {float(low):.2f}", "clip_high", high, low, {"size": "4B"}, takeaway=6)
     for high, low in (("0.24", "0.2"), ("0.28", "0.24"), ("0.32", "0.28"), ("0.32", "0.2"))
 ]
 
 
 def draw(rows):
-    table = runs.Table(rows)
-    figure = runs.compare(table, "clip_high")
-    runs.entitle(figure, table, "Four upper clips, aligned model", CLAIMS)
+    table = Table(rows)
+    figure = comparison(table, "clip_high")
+    entitle(figure, table, "Four upper clips, aligned model", CLAIMS)
     return figure
 
 
 if __name__ == "__main__":
-    runs.main(sys.modules[__name__])
+    main(sys.modules[__name__])

@@ -21,15 +21,18 @@ Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node sho
 
 import sys
 
-import runs
+from claims import Claim
+from figure import main
+from panels import comparison, entitle
+from table import Table
 
 SIZES = ("8B",)
 METRICS = ["rollout/accuracy"]
 CLAIMS = [
-    runs.Claim(
+    Claim(
         "token mean is better for the base model", "loss_agg", "token_mean", "seq_mean", {"kind": "base"}, takeaway=7
     ),
-    runs.Claim(
+    Claim(
         "sequence mean is better for the aligned model",
         "loss_agg",
         "seq_mean",
@@ -41,11 +44,11 @@ CLAIMS = [
 
 
 def draw(rows):
-    table = runs.Table(rows)
-    figure = runs.compare(table, "loss_agg")
-    runs.entitle(figure, table, "Loss as a mean over tokens or over responses", CLAIMS)
+    table = Table(rows)
+    figure = comparison(table, "loss_agg")
+    entitle(figure, table, "Loss as a mean over tokens or over responses", CLAIMS)
     return figure
 
 
 if __name__ == "__main__":
-    runs.main(sys.modules[__name__])
+    main(sys.modules[__name__])

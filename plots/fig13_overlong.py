@@ -2,7 +2,7 @@
 
 Question: with limits of 8, 16 and 20 thousand tokens, is it better to leave truncated responses out?
 Paper: at 8 thousand yes, and responses get shorter; at 20 thousand hardly, and they get longer (takeaway 8).
-(Here 56, 72 and 128 tokens: the first cuts a quarter of the right solutions of hard problems, and more of the aligned model's, which
+(Here 56, 72 and 128 tokens: the first truncates a quarter of the right solutions of hard problems, and more of the aligned model's, which
 are longer; the last only what never ends. The evaluation has the limit of the training. The paper does not name its data: hard here.)
 
 Here: under the short limit the filter helps the base model: not seen, +0.006 [-0.009, +0.015];
@@ -25,17 +25,19 @@ Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node sho
 
 import sys
 
-import runs
+from claims import Claim
+from figure import main
+from launch import flags_of, panel
+from panels import comparison, entitle
+from table import Table
 
 SIZES = ("8B",)
 METRICS = ["rollout/accuracy", "rollout/response_len"]
 SHORT, LONG = {"kind": "base", "limit": "short"}, {"kind": "base", "limit": "long"}
 LENGTH = "rollout/response_len"
 CLAIMS = [
-    runs.Claim(
-        "under the short limit the filter helps the base model", "overlong", "filter", "keep", SHORT, takeaway=8
-    ),
-    runs.Claim(
+    Claim("under the short limit the filter helps the base model", "overlong", "filter", "keep", SHORT, takeaway=8),
+    Claim(
         "under the short limit it helps the aligned model",
         "overlong",
         "filter",
@@ -43,7 +45,7 @@ CLAIMS = [
         SHORT | {"kind": "aligned"},
         takeaway=8,
     ),
-    runs.Claim(
+    Claim(
         "under the long limit it does not help the base model",
         "overlong",
         "filter",
@@ -52,24 +54,22 @@ CLAIMS = [
         takeaway=8,
         expect="no more",
     ),
-    runs.Claim(
-        "base, short limit: shorter with it (tokens)", "overlong", "keep", "filter", SHORT, LENGTH, 10, takeaway=8
-    ),
-    runs.Claim("base, long limit: longer with it (tokens)", "overlong", "filter", "keep", LONG, LENGTH, 10, takeaway=8),
+    Claim("base, short limit: shorter with it (tokens)", "overlong", "keep", "filter", SHORT, LENGTH, 10, takeaway=8),
+    Claim("base, long limit: longer with it (tokens)", "overlong", "filter", "keep", LONG, LENGTH, 10, takeaway=8),
 ]
 
 
 def limit(command):
-    f = runs.flags(command)
-    return f"{runs.panel(command).split(',')[0]}, limit {f['max_response_len']}"
+    f = flags_of(command)
+    return f"{panel(command).split(',')[0]}, limit {f['max_response_len']}"
 
 
 def draw(rows):
-    table = runs.Table(rows)
-    figure = runs.compare(table, "overlong", METRICS, key=limit)
-    runs.entitle(figure, table, "Truncated responses in the loss or left out, hard data", CLAIMS)
+    table = Table(rows)
+    figure = comparison(table, "overlong", METRICS, key=limit)
+    entitle(figure, table, "Truncated responses in the loss or left out, hard data", CLAIMS)
     return figure
 
 
 if __name__ == "__main__":
-    runs.main(sys.modules[__name__])
+    main(sys.modules[__name__])

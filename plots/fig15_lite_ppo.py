@@ -2,11 +2,11 @@
 
 Question: do group mean, batch std and token mean, without a KL, beat GRPO and DAPO's five tricks from a base model?
 Paper: yes; Lite PPO rises steadily where the others peak and collapse.
-(At equal rollouts: for each, DAPO samples until it has enough groups to train on. GRPO has its own paper's KL, as this paper's is not known.)
+(At equal training steps: for each, DAPO samples until it has enough groups to train on. GRPO has its own paper's KL, as this paper's is not known.)
 
 Here: Lite PPO beats GRPO: not seen, -0.002 [-0.020, +0.020];
 Lite PPO beats DAPO: not seen, -0.020 [-0.043, +0.008];
-responses that DAPO sampled for a rollout: 470 (base, easy), 243 (base, hard).
+responses that DAPO sampled for a step: 470 (base, easy), 243 (base, hard).
 
 Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node shows the paper's:
 
@@ -20,30 +20,34 @@ Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node sho
 
 import sys
 
-import runs
+from claims import Claim
+from figure import main
+from launch import panel
+from panels import comparison, entitle
+from table import Table
 
 SIZES = "4B", "8B"
-METRICS = ["rollout/(accuracy|spent)"]  # only dapo.py says what it spent
+METRICS = ["rollout/(accuracy|sampled_responses)"]  # the latter of dapo.py alone
 CLAIMS = [
-    runs.Claim("Lite PPO beats GRPO", "script", "lite_ppo", "grpo", takeaway=9),
-    runs.Claim("Lite PPO beats DAPO", "script", "lite_ppo", "dapo", takeaway=9),
+    Claim("Lite PPO beats GRPO", "script", "lite_ppo", "grpo", takeaway=9),
+    Claim("Lite PPO beats DAPO", "script", "lite_ppo", "dapo", takeaway=9),
 ]
 
 
 def found(rows):
-    table, spent = runs.Table(rows), []
+    table, sampled = Table(rows), []
     for command in table.commands:
-        if values := list(table.last(command, "rollout/spent", 500).values()):
-            spent.append(f"{sum(values) / len(values):.0f} ({runs.panel(command)})")
-    return f"responses that DAPO sampled for a rollout: {', '.join(spent) or 'no runs'}"
+        if values := list(table.last(command, "rollout/sampled_responses", 500).values()):
+            sampled.append(f"{sum(values) / len(values):.0f} ({panel(command)})")
+    return f"responses that DAPO sampled for a step: {', '.join(sampled) or 'no runs'}"
 
 
 def draw(rows):
-    table = runs.Table(rows)
-    figure = runs.compare(table, "script")
-    runs.entitle(figure, table, f"GRPO, DAPO, Lite PPO at equal rollouts; {found(rows)}", CLAIMS)
+    table = Table(rows)
+    figure = comparison(table, "script")
+    entitle(figure, table, f"GRPO, DAPO, Lite PPO at equal training steps; {found(rows)}", CLAIMS)
     return figure
 
 
 if __name__ == "__main__":
-    runs.main(sys.modules[__name__])
+    main(sys.modules[__name__])

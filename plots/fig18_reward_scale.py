@@ -1,11 +1,11 @@
 """Figure 18: rewards 1 and 0, or 1 and -1?
 
-Question: does batch normalization need the larger scale of rewards?
+Question: does batch-level normalization need the larger scale of rewards?
 Paper: it does; 1 and -1 repair it (takeaway 1).
 (Mean and std of the batch undo any scale: (2 r - 1) has the advantages of r, but for the 1e-6 added to the std. So the two curves of
-batch norm differ by rounding alone. Without normalization the scale matters, and is shown beside it.)
+batch-level normalization differ by rounding alone. Without normalization the scale matters, and is shown beside it.)
 
-Here: 1/-1 helps batch norm: not seen, +0.003 [-0.000, +0.007];
+Here: 1/-1 helps batch-level normalization: not seen, +0.003 [-0.000, +0.007];
 1/-1 helps without normalization: not seen, -0.004 [-0.024, +0.027].
 
 Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node shows the paper's:
@@ -20,26 +20,32 @@ Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node sho
 
 import sys
 
-import runs
+from claims import Claim
+from figure import main
+from launch import flags_of, panel
+from panels import STYLES, comparison, entitle
+from table import Table
 
 SIZES = ("8B",)
 METRICS = ["rollout/accuracy"]
 CLAIMS = [
-    runs.Claim("1/-1 helps batch norm", "wrong_reward", "-1", "0", {"norm": "batch_mean_batch_std"}, takeaway=1),
-    runs.Claim("1/-1 helps without normalization", "wrong_reward", "-1", "0", {"norm": "none"}),
+    Claim(
+        "1/-1 helps batch-level normalization", "wrong_reward", "-1", "0", {"norm": "batch_mean_batch_std"}, takeaway=1
+    ),
+    Claim("1/-1 helps without normalization", "wrong_reward", "-1", "0", {"norm": "none"}),
 ]
 
 
 def norm(command):
-    return f"{runs.panel(command)}\n{runs.STYLES[runs.flags(command)['norm']][0]}"
+    return f"{panel(command)}\n{STYLES[flags_of(command)['norm']][0]}"
 
 
 def draw(rows):
-    table = runs.Table(rows)
-    figure = runs.compare(table, "wrong_reward", METRICS, key=norm)
-    runs.entitle(figure, table, "The reward of a wrong answer: 0 or -1", CLAIMS)
+    table = Table(rows)
+    figure = comparison(table, "wrong_reward", METRICS, key=norm)
+    entitle(figure, table, "The reward of a wrong answer: 0 or -1", CLAIMS)
     return figure
 
 
 if __name__ == "__main__":
-    runs.main(sys.modules[__name__])
+    main(sys.modules[__name__])

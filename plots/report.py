@@ -3,7 +3,7 @@
     python plots/report.py runs/lite_ppo__s1            writes runs/lite_ppo__s1/report.html
 
 The page is a single file without a reference to any other: it opens without a network. Tokens are coloured by the importance ratio
-of the last mini-batch, by entropy or by advantage, and what the clip cut is underlined.
+of the last mini-batch, by entropy or by advantage, and what was clipped is underlined.
 """
 
 import argparse
@@ -18,7 +18,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-import runs
+from panels import grid
+from table import SCORE, read_metrics, read_rows
 
 PANELS = {  # title: metrics of one panel
     "reward of the batch": ["reward/mean", "reward/std"],
@@ -26,7 +27,7 @@ PANELS = {  # title: metrics of one panel
     "entropy (nats)": ["rollout/entropy", "train/entropy"],
     "response length (tokens)": ["rollout/response_len"],
     "truncated, and loops of them": ["rollout/truncated", "rollout/repeat_ratio"],
-    "tokens the clip cut (share)": ["train/clip_low", "train/clip_high"],
+    "clipped tokens (share)": ["train/clip_low", "train/clip_high"],
     "norm of the gradient": ["train/grad_norm"],
     "trainer against engine (nats)": ["rollout/logp_gap"],
 }
@@ -41,7 +42,7 @@ img { max-width: 100% } h1 { font-size: 1.3rem } h2 { font-size: 1.1rem; margin-
 table { border-collapse: collapse; font-size: 14px } td, th { padding: .1rem .7rem; text-align: right; border-bottom: 1px solid #ddd }
 td:first-child, th:first-child, .text td, .text th { text-align: left; vertical-align: top }
 .response { font-family: ui-monospace, monospace; font-size: 13px; white-space: pre-wrap; border: 1px solid #ddd; padding: .5rem; margin: .3rem 0 1rem }
-.cut { text-decoration: underline 2px; font-weight: bold } pre { white-space: pre-wrap; font-size: 13px }
+.clipped { text-decoration: underline 2px; font-weight: bold } pre { white-space: pre-wrap; font-size: 13px }
 """
 SCRIPT = """
 const scales = {
@@ -56,13 +57,13 @@ function paint(by) {
   }));
 }
 DATA.forEach((r, i) => {
-  const box = document.getElementById('r' + i), cut = new Map();
-  r.low.forEach(j => cut.set(j, 'lower')); r.high.forEach(j => cut.set(j, 'upper'));
+  const box = document.getElementById('r' + i), clipped = new Map();
+  r.low.forEach(j => clipped.set(j, 'lower')); r.high.forEach(j => clipped.set(j, 'upper'));
   r.tokens.forEach((text, j) => {
     const span = document.createElement('span');
     span.textContent = text;
-    span.title = `ratio ${r.ratio[j]}, entropy ${r.entropy[j]}, advantage ${r.adv.toFixed(3)}` + (cut.has(j) ? `, cut by the ${cut.get(j)} bound` : '');
-    if (cut.has(j)) span.className = 'cut';
+    span.title = `ratio ${r.ratio[j]}, entropy ${r.entropy[j]}, advantage ${r.adv.toFixed(3)}` + (clipped.has(j) ? `, clipped by the ${clipped.get(j)} bound` : '');
+    if (clipped.has(j)) span.className = 'clipped';
     box.append(span);
   });
 });
@@ -79,7 +80,7 @@ def picture(figure):
 
 
 def curves(rows):
-    figure, axes = runs.grid(2, 4, width=12)
+    figure, axes = grid(2, 4, width=12)
     for ax, (title, metrics) in zip(axes.flat, PANELS.items()):
         for metric, look in zip(metrics, ({"color": "black"}, {"color": "#D55E00", "linestyle": "--"})):
             points = [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
@@ -89,17 +90,17 @@ def curves(rows):
         if len(metrics) > 1:
             ax.legend(fontsize=7, frameon=False)
     for ax in axes[-1]:
-        ax.set_xlabel("rollouts trained on", fontsize=9)
+        ax.set_xlabel("training steps", fontsize=9)
     return picture(figure)
 
 
 def evaluations(rows):
     """-> a picture of the accuracy of each set, and a table of the first and the last evaluation"""
-    rows = [row for row in rows if runs.SCORE in row]
+    rows = [row for row in rows if SCORE in row]
     if not rows:
         return "<p>none</p>"
     sets = [k.split("/")[1] for k in rows[-1] if k.startswith("eval/") and k.endswith("/accuracy")]
-    figure, axes = runs.grid(1, 1, width=8, height=2.2)
+    figure, axes = grid(1, 1, width=8, height=2.2)
     for k, name in enumerate(sets):
         look = {"color": plt.cm.viridis(k / len(sets)), "marker": "osv^Dx*"[k % 7], "markersize": 4}
         look = {"color": "black", "lw": 2.5} if name == "mean" else look
@@ -111,7 +112,7 @@ def evaluations(rows):
         + [f"{r[f'eval/{name}/accuracy']:.3f} ± {r[f'eval/{name}/accuracy_se']:.3f}" for r in (rows[0], rows[-1])]
         for name in sets
     ]
-    return picture(figure) + table(["set", f"after {rows[0]['step']}", f"after {rows[-1]['step']} rollouts"], body)
+    return picture(figure) + table(["set", f"after {rows[0]['step']}", f"after {rows[-1]['step']} steps"], body)
 
 
 def time_split(rows):
@@ -161,10 +162,10 @@ def samples(rows):
 
 def page(run):
     """-> the HTML of a run folder"""
-    rows = runs.read_metrics(run)
+    rows = read_metrics(run)
     if not rows:
         raise SystemExit(f"{run}: nothing to show")
-    boxes, data = responses(runs.read_lines(run / "tokens.jsonl"))
+    boxes, data = responses(read_rows(run / "tokens.jsonl"))
     settings = {
         name: json.loads((run / f"{name}.json").read_text())
         for name in ("args", "versions")
@@ -185,9 +186,9 @@ def page(run):
 <h2>Evaluations</h2>{evaluations(rows)}
 <h2>Time</h2>{time_split(rows)}
 <h2>Responses, token by token</h2>
-<p>Of the last mini-batch of a rollout the first response and the one with most cut tokens. A cut token is underlined; hover for numbers. Colour by {by}</p>
+<p>Of the last mini-batch of a step the first response and the one with most clipped tokens. A clipped token is underlined; hover for numbers. Colour by {by}</p>
 {boxes}
-<h2>Responses of the last evaluation</h2>{samples(runs.read_lines(run / "samples.jsonl"))}
+<h2>Responses of the last evaluation</h2>{samples(read_rows(run / "samples.jsonl"))}
 <h2>Settings</h2><pre>{html.escape(json.dumps(settings, indent=1))}</pre>
 <script>const DATA = {data};{SCRIPT}</script></html>
 """

@@ -4,52 +4,56 @@
     python plots/study.py --run --jobs 2 --out plots/figures          5 seeds, on a laptop; --scale node prints the paper's runs
 
 A study that was stopped goes on where it was; the bar says how much time is left. All runs of a seed come before those of the next, so
-that every figure can be drawn early, with fewer seeds. The table of takeaways in the README is made from the same tables
-(`python tests/test_readme.py --write`).
+that every figure can be drawn early, with fewer seeds. The table of takeaways in plots/README.md is made from the same
+tables (`python tests/test_readme.py --write`).
 """
 
 import importlib
 from pathlib import Path
 
-import runs
+from claims import ENOUGH
+from figure import FIGURES, parse, work
+from panels import grid
+from table import SCORE, Table, read_table
 
 TAKEAWAYS = {  # the paper's number: what it says, why a small world may differ. 9 is its claim for Lite PPO
     1: (
-        "With rewards 1 and 0 the norm of the group is better than that of the batch or none; 1 and -1 repair that of the batch",
-        "Not known: without a norm accuracy rises faster and entropy falls further, on easy data with rewards 1 and 0 as with 1 and -1. Batch norm has its outliers here too (-11 for "
-        "the one wrong answer of an easy batch), but they do no harm that shows. The last part cannot be seen in any world: mean and std of the "
-        "batch undo the scale, and the two curves of figure 18 are one but for rounding",
+        "With rewards 1 and 0 group-level normalization beats batch-level and none; 1 and -1 repair the batch's",
+        "Not known: without one accuracy rises faster and entropy falls further, with rewards 1 and -1 too. Outliers are "
+        "here as well (-11), but do no harm that shows. That a scale repairs a std cannot be seen: the std undoes it",
     ),
     2: (
-        "On easy data, leave the standard deviation out; on hard data it makes no difference",
-        "The std of a batch is one factor for all its gradients, which Adam takes out again; easy rewards still vary by 0.2 at the end",
+        "On easy data leave the std out; on hard data it makes no difference",
+        "A batch's std is one factor of all gradients, which Adam takes out; easy rewards still vary by 0.2 at the end",
     ),
     3: (
         "The mean of the group with the std of the batch is the most robust",
-        "In a group of 8 that has both, rewards have a std of 0.35 to 0.53: that of the group changes weights by a factor of 1.5 at most",
+        "A mixed group of 8 has a std of 0.35 to 0.53: that of the group changes weights by a factor of 1.5 at most",
     ),
     4: (
         "Clip-Higher helps aligned models, whose entropy it keeps, and not base models",
-        "Where the bound cuts enough to matter, training is unstable here, and the two runs of a seed differ by up to 0.17. With 16 updates at 1e-4, which is "
-        "stable but whose upper bound cuts a sixth, nothing is seen either: +0.008 [-0.015, +0.038] for the aligned model, +0.007 [-0.011, +0.029] for the base model (LOG.md). Why 0.28 leaves less entropy is not known",
+        "Where the bound clips enough, training is unstable: two runs of a seed differ by up to 0.17. At 1e-4, stable but "
+        "with a sixth of the clipping, +0.008 [-0.015, +0.038] aligned, +0.007 [-0.011, +0.029] base. Why 0.28 leaves "
+        "less entropy is not known",
     ),
     5: (
-        "Under 0.20 the clip cuts connectives; under 0.28 less, and function words",
+        "Under 0.20 connectives are clipped; under 0.28 fewer tokens, and function words",
         "What is undecided in a sum are its digits",
     ),
-    6: ("The small aligned model gains with every step of the upper bound up to 0.32", "As for Clip-Higher above"),
+    6: ("The small aligned model gains with every step of the upper bound up to 0.32", "As for Clip-Higher"),
     7: (
         "Token mean for base models, sequence mean for aligned ones",
-        "Lengths differ little here: at first the base model's wrong answers are even shorter than its right ones (38 tokens against 51), where the paper's go on and on",
+        "Lengths differ little: the base model's wrong answers are even shorter at first (38 tokens against 51), where "
+        "the paper's go on and on",
     ),
     8: (
         "Leaving truncated responses out helps under a short limit, hardly under a long one",
-        "The short limit cuts 69 % of the aligned model's responses at first; left out, they do not teach it to be brief, which the same limit of "
-        "the evaluation rewards. At the long limit few are cut, but in three of five seeds the filter lets responses run on to it (+6, +8, +17 tokens), as in the paper",
+        "The short limit truncates 69 % of the aligned model's responses at first; left out, they do not teach it to be "
+        "brief. At the long one few are, but in three of five seeds the filter lets responses grow (+6, +8, +17 tokens)",
     ),
     9: (
         "Lite PPO beats GRPO and DAPO",
-        "DAPO samples 2 to 4 times as many responses for a rollout (figure 15); no run collapses within 40 rollouts, which is what sets them apart in the paper",
+        "DAPO samples 2 to 4 times as many responses; no run collapses within 40 steps, which sets them apart in the paper",
     ),
 }
 
@@ -60,29 +64,38 @@ def figures():
     return [importlib.import_module(path.stem) for path in found]
 
 
-def table_of(module, folder):
+def load_table(module, folder):
     path = folder / f"{module.__name__}.csv"
-    return runs.Table(runs.read_table(path)) if path.is_file() and module.CLAIMS else None
+    return Table(read_table(path)) if path.is_file() and module.CLAIMS else None
 
 
-def claims(folder=runs.FIGURES):
+def all_claims(folder=FIGURES):
     """-> [(takeaway or 0, module, claim, table)] of the figures that have a table"""
-    tables = [(module, table_of(module, folder)) for module in figures()]
+    tables = [(module, load_table(module, folder)) for module in figures()]
     return [(claim.takeaway, module, claim, table) for module, table in tables if table for claim in module.CLAIMS]
 
 
 def markdown():
-    """-> the lines of the README's table of takeaways"""
-    lines = ["| | the paper | here, with 95 % interval | why it may differ |", "|---|---|---|---|"]
-    every = claims()
+    """-> the lines of the table of takeaways in plots/README.md"""
+    lines = ["| | the paper | here: 95 % interval, figure | why it may differ |", "|---|---|---|---|"]
+    every = all_claims()
     for number, (text, why) in TAKEAWAYS.items():
         mine = [(module, claim.sentence(table)) for n, module, claim, table in every if n == number]
-        found = "<br>".join(f"{sentence} (figure {int(module.__name__[3:5])})" for module, sentence in mine)
+        found = "<br>".join(f"{sentence}, {int(module.__name__[3:5])}" for module, sentence in mine)
         lines.append(f"| {number if number < 9 else ''} | {text} | {found} | {why} |")
     return lines
 
 
-def told(module, folder=runs.FIGURES):
+def figures_markdown():
+    """-> the lines of the table of figures in plots/README.md"""
+    lines = ["| figure | question | picture |", "|---|---|---|"]
+    for module in figures():
+        name, title = module.__name__, module.__doc__.split("\n")[0].split(": ", 1)[1]
+        lines.append(f"| [{name[3:5]}]({name}.py) | {title} | [png](figures/{name}.png) |")
+    return lines
+
+
+def told(module, folder=FIGURES):
     """-> the source of a figure's file with what was found, from its table, in the place of what stands behind `Here:`"""
     source = Path(module.__file__).read_text()
     before, rest = source.split("\nHere: ", 1)
@@ -90,8 +103,8 @@ def told(module, folder=runs.FIGURES):
     path = folder / f"{module.__name__}.csv"
     if not path.is_file():
         return source
-    rows = runs.read_table(path)
-    sentences = [claim.sentence(runs.Table(rows)) for claim in module.CLAIMS]
+    rows = read_table(path)
+    sentences = [claim.sentence(Table(rows)) for claim in module.CLAIMS]
     sentences += [module.found(rows)] if hasattr(module, "found") else []
     found = ";\n".join(sentences) + "."
     return f"{before}\nHere: {found}{after}"
@@ -99,8 +112,8 @@ def told(module, folder=runs.FIGURES):
 
 def overview(folder, scale):
     """The effects on accuracy of all claims, by takeaway: mean, interval, seeds as small ticks; shaded where no gain was claimed"""
-    found = sorted((x for x in claims(folder) if x[0] and x[2].metric == runs.SCORE), key=lambda x: x[0])
-    figure, axes = runs.grid(1, 1, height=0.27 * len(found))
+    found = sorted((x for x in all_claims(folder) if x[0] and x[2].metric == SCORE), key=lambda x: x[0])
+    figure, axes = grid(1, 1, height=0.27 * len(found))
     ax, names, bands = axes[0, 0], [], []
     for y, (number, _, claim, table) in enumerate(found):
         mean, low, high, n = claim.effect(table)
@@ -111,7 +124,7 @@ def overview(folder, scale):
         if claim.expect != "more":
             bands.append((y, -claim.small if claim.expect == "the same" else -1, claim.small))
         ax.plot(claim.differences(table), [y] * n, "|", color=colour, markersize=5)
-        if n >= runs.ENOUGH:
+        if n >= ENOUGH:
             ax.plot([low, high], [y, y], color=colour, lw=2)
         ax.plot(mean, y, mark, color=colour, label=claim.verdict(table))
         names.append(f"{number}: {claim.text}" if number < 9 else claim.text)
@@ -133,8 +146,8 @@ def overview(folder, scale):
 
 
 def main():
-    args = runs.parse(__doc__)
-    failed = runs.work(figures(), args)
+    args = parse(__doc__)
+    failed = work(figures(), args)
     if args.run or args.scale == "laptop":
         print(overview(args.out, args.scale))
     raise SystemExit(failed > 0)

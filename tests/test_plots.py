@@ -16,15 +16,18 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-import common
+import claims
 import curves
+import figure
+import launch
 import report
-import runs
 import study
+import table as tables
+from infra.runs import PROBABILITIES, finished
 
 FIGURES = study.figures()
 USUAL = [module for module in FIGURES if not hasattr(module, "run")]  # all but figure 2, which trains nothing
-COMMANDS = list(dict.fromkeys(c for module in USUAL for c in runs.commands(module)))
+COMMANDS = list(dict.fromkeys(c for module in USUAL for c in launch.commands(module)))
 
 
 def id_of(module):
@@ -37,7 +40,7 @@ def settings(folder, **more):
 
 
 def fake_run(folder, seed=1, steps=12, tokens=20):
-    """A finished run's folder with the metrics, the cut tokens and the shown responses of `steps` rollouts"""
+    """A finished run's folder with the metrics, the clipped tokens and the shown responses of `steps` rollouts"""
     folder.mkdir(parents=True)
     rng, rows = np.random.default_rng(seed), []
     for step in range(steps + 1):
@@ -46,13 +49,13 @@ def fake_run(folder, seed=1, steps=12, tokens=20):
             row |= {f"eval/{name}/accuracy": rng.uniform() for name in ("easy", "hard", "mean")}
             row |= {f"eval/{name}/accuracy_se": 0.02 for name in ("easy", "hard", "mean")}
         if step < steps:
-            bins = {f"prob_{100 * low:.0f}": rng.uniform() for low in common.PROBABILITIES}
+            bins = {f"prob_{100 * low:.0f}": rng.uniform() for low in PROBABILITIES}
             rollout = {"accuracy", "response_len", "entropy", "repeat_ratio_right", "repeat_ratio_wrong"}
             row |= {f"rollout/{name}": value for name, value in (bins | {n: rng.uniform() for n in rollout}).items()}
             row |= {"rollout/truncated": 0.5, "rollout/truncated_right": 0.125}
             row |= {"reward/std": rng.uniform(), "train/clip_high": 0.001, "time/generate": 1.0, "time/update": 2.0}
         rows.append(row)
-    cut = [
+    clipped = [
         {"step": s, "low": [[" wait", 7, 2]], "high": [["so", 5, 3], ["2", 34, 1], [",", 9, 1]]} for s in range(steps)
     ]
     shown = {
@@ -65,7 +68,7 @@ def fake_run(folder, seed=1, steps=12, tokens=20):
     sample = {"step": steps, "set": "easy", "problem": "p", "response": "r" * tokens, "answer": "2", "correct": True}
     files = {
         "metrics": rows,
-        "clipped": cut,
+        "clipped": clipped,
         "tokens": [shown | {"step": s} for s in range(0, steps, 4)],
         "samples": [sample],
     }
@@ -86,36 +89,35 @@ def test_there_is_a_file_for_every_figure_that_is_no_text():
 def test_what_is_usual_are_the_scripts_defaults():
     import lite_ppo
 
-    assert runs.USUAL == {flag: str(lite_ppo.DEFAULTS[flag][0]) for flag in runs.USUAL}
+    assert launch.USUAL == {flag: str(lite_ppo.DEFAULTS[flag][0]) for flag in launch.USUAL}
 
 
 def test_every_command_is_one_of_a_script_and_all_runs_differ():
     """A folder's name is that of the pasted command, so that a run started by hand is found."""
-    names = [runs.name(f"{command} --seed 3") for command in COMMANDS]
+    names = [launch.folder_name(f"{command} --seed 3") for command in COMMANDS]
     assert len(set(names)) == len(COMMANDS) - 1  # the limit of 128 tokens is said in figure 13 alone
     assert all(name.endswith("__s3") for name in names)
-    assert runs.name("lite_ppo.py --norm none --clip_high 0.20 --seed 2") == "lite_ppo__norm=none__s2"
+    assert launch.folder_name("lite_ppo.py --norm none --clip_high 0.20 --seed 2") == "lite_ppo__norm=none__s2"
     args = importlib.import_module("lite_ppo").parse_args(["--norm", "none", "--scale", "laptop"])
-    assert args.out == "runs/" + runs.name("lite_ppo.py --norm none")
+    assert args.out == "runs/" + launch.folder_name("lite_ppo.py --norm none")
 
 
 def test_a_wrong_command_says_so(capsys):
     with pytest.raises(SystemExit):
-        runs.name("lite_ppo.py --norm nonsense")
+        launch.folder_name("lite_ppo.py --norm nonsense")
     assert "invalid choice: 'nonsense'" in capsys.readouterr().err
 
 
 def test_the_papers_runs(monkeypatch):
     """Only what the figure switches is left of the laptop's flags, and the scripts take it."""
-    monkeypatch.setattr(common, "data_mistakes", lambda *_: [])  # its data sets are not here
     command = (
         "lite_ppo.py --norm none --model data/tiny/aligned --max_response_len 56 --minibatches 16 --lr 2e-4 --steps 40"
     )
-    assert runs.at_node(command, "8B") == "lite_ppo.py --norm none --model Qwen/Qwen3-8B --max_response_len 8192"
+    assert launch.at_node(command, "8B") == "lite_ppo.py --norm none --model Qwen/Qwen3-8B --max_response_len 8192"
     for module in USUAL:
-        for at in runs.commands_at(module, "node"):
-            runs.name(f"{at} --scale node")
-    bench = runs.at_node("dapo.py --data easy", "4B")
+        for at in figure.commands_at(module, "node"):
+            launch.folder_name(f"{at} --scale node")
+    bench = launch.at_node("dapo.py --data easy", "4B")
     args = importlib.import_module("dapo").parse_args([*bench.split()[1:], "--scale", "node"])
     study_of = importlib.import_module("lite_ppo").DEFAULTS
     same = "prompts_per_step group_size minibatches warmup_steps weight_decay temperature top_p top_k max_response_len lr".split()
@@ -138,24 +140,24 @@ def test_node_prints_what_to_paste():
 
 def test_smooth_by_hand():
     """2, 0, 1, 1 with a window of 3: means 2, 1, 1, 2/3; with factor 0.5 then 2, 3/2, 5/4, 23/24"""
-    assert np.allclose(runs.smooth([2, 0, 1, 1], window=3, factor=0.5), [2, 3 / 2, 5 / 4, 23 / 24])
+    assert np.allclose(tables.smooth([2, 0, 1, 1], window=3, factor=0.5), [2, 3 / 2, 5 / 4, 23 / 24])
 
 
 def test_the_last_evaluations_and_the_change():
     """Not that of the untrained model, where there are others; change: less that one, of other metrics less the first `count`"""
     values = {"eval/x": {0: 0.2, 10: 0.6}, "y": {0: 1.0, 1: 3.0, 2: 8.0}}
     rows = [{"command": "a.py", "seed": 1, "step": s} | {m: v.get(s) for m, v in values.items()} for s in (0, 1, 2, 10)]
-    t = runs.Table(rows)
+    t = tables.Table(rows)
     assert t.last("a.py", "eval/x", 2) == {1: pytest.approx(0.6)} and t.last("a.py", "y", 2) == {1: pytest.approx(5.5)}
     assert t.last("a.py", "eval/x", 2, change=True) == {1: pytest.approx(0.4)}
     assert t.last("a.py", "y", 2, change=True) == {1: pytest.approx(3.5)}
-    assert runs.Table(rows[:1]).last("a.py", "eval/x", 2) == {1: pytest.approx(0.2)}
+    assert tables.Table(rows[:1]).last("a.py", "eval/x", 2) == {1: pytest.approx(0.2)}
 
 
 def test_iqm_by_hand():
     """Of eight values the middle four; of five, 1.25 go at each end: (0.75 x 2 + 3 + 0.75 x 10) / 2.5"""
-    assert runs.iqm([9, 1, 2, 3, 4, 5, 6, 100]) == pytest.approx((3 + 4 + 5 + 6) / 4)
-    assert runs.iqm([1, 2, 3, 10, 99]) == pytest.approx((1.5 + 3 + 7.5) / 2.5)
+    assert tables.iqm([9, 1, 2, 3, 4, 5, 6, 100]) == pytest.approx((3 + 4 + 5 + 6) / 4)
+    assert tables.iqm([1, 2, 3, 10, 99]) == pytest.approx((1.5 + 3 + 7.5) / 2.5)
 
 
 def test_the_interval_covers_the_mean_of_five_seeds():
@@ -163,7 +165,7 @@ def test_the_interval_covers_the_mean_of_five_seeds():
     draws = np.random.default_rng(1).normal(size=(600, 5))
     inside = plain = 0
     for values in draws:
-        low, high = runs.interval(values, draws=4000)
+        low, high = tables.interval(values, draws=4000)
         inside += low <= 0 <= high
         means = np.random.default_rng(0).choice(values, (4000, 5)).mean(1)
         plain += np.quantile(means, 0.025) <= 0 <= np.quantile(means, 0.975)
@@ -171,17 +173,17 @@ def test_the_interval_covers_the_mean_of_five_seeds():
 
 
 def test_one_seed_has_no_interval():
-    assert np.isnan(runs.interval([0.5])).all()
+    assert np.isnan(tables.interval([0.5])).all()
 
 
-def table(ends):
+def scores(ends):
     """{command: final scores of its seeds} -> evaluations of which the last two have that mean"""
     rows = []
     for command, scores in ends.items():
         for seed, score in enumerate(scores, start=1):
             values = {0: 0.0, 10: score - 0.05, 15: None, 20: score + 0.05}
-            rows += [{"command": command, "seed": seed, "step": step, runs.SCORE: v} for step, v in values.items()]
-    return runs.Table(rows)
+            rows += [{"command": command, "seed": seed, "step": step, tables.SCORE: v} for step, v in values.items()]
+    return tables.Table(rows)
 
 
 def t_rows(t):
@@ -189,7 +191,7 @@ def t_rows(t):
     made = [{"command": c, "seed": 1, "step": None} for c in t.commands if not t.series[c]]
     for command, seeds in t.series.items():
         for seed, one in seeds.items():
-            made += [{"command": command, "seed": seed, "step": s, runs.SCORE: v} for s, v in zip(*one[runs.SCORE])]
+            made += [{"command": command, "seed": seed, "step": s, tables.SCORE: v} for s, v in zip(*one[tables.SCORE])]
     return made
 
 
@@ -203,46 +205,48 @@ def test_claims():
         f"{batch} --data hard": [0.4, 0.5, 0.4, 0.4, 0.6],
         f"{batch} --data hard --wrong_reward -1": [0.9] * 5,
     }
-    t = table(ends)
-    claim = runs.Claim("better", "norm", "group_mean_group_std", "batch_mean_batch_std")
+    t = scores(ends)
+    claim = claims.Claim("better", "norm", "group_mean_group_std", "batch_mean_batch_std")
     assert len(claim.pairs(t)) == 2 and claim.differences(t) == pytest.approx([0.1, 0.1, 0.1, 0.1, 0.0])
-    hard = runs.Claim("", "norm", claim.better, claim.worse, {"data": "hard"})
+    hard = claims.Claim("", "norm", claim.better, claim.worse, {"data": "hard"})
     assert hard.differences(t) == pytest.approx([0.1, 0, 0.1, 0.1, -0.1]) and hard.verdict(t) == "not seen"
-    easy = runs.Claim("better", "norm", claim.better, claim.worse, {"data": "easy"})
+    easy = claims.Claim("better", "norm", claim.better, claim.worse, {"data": "easy"})
     assert easy.verdict(t) == "seen" and re.fullmatch(
         r"better: seen, \+0\.120 \[\+0\.100, \+0\.[12]\d\d\]", easy.sentence(t)
     )
     worse = {"flag": "norm", "better": claim.worse, "worse": claim.better, "where": {"data": "easy"}}
-    assert runs.Claim("", **worse).verdict(t) == "opposite"
-    assert runs.Claim("", **worse, expect="no more").verdict(t) == "seen"
-    assert runs.Claim("", **worse, expect="the same").verdict(t) == "opposite"
+    assert claims.Claim("", **worse).verdict(t) == "opposite"
+    assert claims.Claim("", **worse, expect="no more").verdict(t) == "seen"
+    assert claims.Claim("", **worse, expect="the same").verdict(t) == "opposite"
     assert (
-        runs.Claim("", "norm", claim.better, claim.worse, {"data": "easy"}, expect="no more").verdict(t) == "opposite"
+        claims.Claim("", "norm", claim.better, claim.worse, {"data": "easy"}, expect="no more").verdict(t) == "opposite"
     )
     assert (
-        runs.Claim("", "norm", claim.better, claim.worse, {"data": "hard"}, expect="the same", small=0.2).verdict(t)
+        claims.Claim("", "norm", claim.better, claim.worse, {"data": "hard"}, expect="the same", small=0.2).verdict(t)
         == "seen"
     )
-    assert runs.Claim("better", "norm", "none", claim.better).sentence(t) == "better: open, no runs"
-    missing = runs.Table([*t_rows(t), {"command": f"{group} --data medium", "seed": 1, "step": None}])
+    assert claims.Claim("better", "norm", "none", claim.better).sentence(t) == "better: open, no runs"
+    missing = tables.Table([*t_rows(t), {"command": f"{group} --data medium", "seed": 1, "step": None}])
     assert claim.verdict(missing) != "open"  # nothing to compare it with
-    missing = runs.Table([*t_rows(missing), {"command": f"{batch} --data medium", "seed": 1, "step": None}])
+    missing = tables.Table([*t_rows(missing), {"command": f"{batch} --data medium", "seed": 1, "step": None}])
     assert claim.verdict(missing) == "open"  # a panel that should be there is not
-    few = table({command: scores[:4] for command, scores in ends.items()})
+    few = scores({command: scores[:4] for command, scores in ends.items()})
     assert easy.verdict(few) == "open" and easy.sentence(few) == "better: open, +0.125 in 4 seeds"
-    assert runs.Claim("", "norm", "none", claim.better).verdict(t) == "open"
+    assert claims.Claim("", "norm", "none", claim.better).verdict(t) == "open"
 
 
 def test_every_claim_finds_its_pairs():
     """At both scales; and each is between runs of one panel"""
     for module in USUAL:
         for scale in ("laptop", "node"):
-            every = runs.Table([{"command": c, "seed": 1, "step": 0} for c in runs.commands_at(module, scale)])
+            every = tables.Table([{"command": c, "seed": 1, "step": 0} for c in figure.commands_at(module, scale)])
             for claim in module.CLAIMS:
                 pairs = claim.pairs(every)
                 assert pairs, (module, scale, claim)
                 same = {"kind", "model", "size"} if claim.flag != "kind" else {"data"}
-                assert all(runs.flags(a)[k] == runs.flags(b)[k] for a, b in pairs for k in same - {claim.flag}), claim
+                assert all(
+                    launch.flags_of(a)[k] == launch.flags_of(b)[k] for a, b in pairs for k in same - {claim.flag}
+                ), claim
 
 
 # ------------------------------------------------------------------------------------------------------------- starting
@@ -268,19 +272,19 @@ def test_launch(tmp_path, capfd):
     begun.mkdir()
     (done / "result.json").write_text("{}")
     todo = [("x.py --a 1", run) for run in (done, bad, begun, fresh)]
-    assert runs.launch(todo, 2, (sys.executable, str(tmp_path / "fake.py"))) == 1
+    assert launch.launch(todo, 2, (sys.executable, str(tmp_path / "fake.py"))) == 1
     assert not (done / "calls").exists()
     assert (begun / "calls").read_text() == f"--resume {begun}\n"
     assert (fresh / "calls").read_text() == f"--a 1 --out {fresh}\n"
-    assert runs.finished(fresh) and runs.finished(begun)
+    assert finished(fresh) and finished(begun)
     assert "bad: ended with 1" in capfd.readouterr().err and "no good" in (tmp_path / "bad.log").read_text()
 
 
 def test_jobs_run_side_by_side_and_end_with_the_program(tmp_path):
     (tmp_path / "fake.py").write_text(FAKE)
-    code = "import sys, pathlib, runs; folder = pathlib.Path(sys.argv[1]); "
+    code = "import sys, pathlib, launch; folder = pathlib.Path(sys.argv[1]); "
     code += (
-        "runs.launch([('x.py --sleep 60', folder / n) for n in 'abc'], 2, (sys.executable, sys.argv[1] + '/fake.py'))"
+        "launch.launch([('x.py --sleep 60', folder / n) for n in 'abc'], 2, (sys.executable, sys.argv[1] + '/fake.py'))"
     )
     env = os.environ | {"PYTHONPATH": str(ROOT / "plots")}
     process = subprocess.Popen([sys.executable, "-c", code, tmp_path], env=env, stderr=subprocess.DEVNULL)
@@ -298,9 +302,9 @@ def test_jobs_run_side_by_side_and_end_with_the_program(tmp_path):
 def test_a_run_that_another_command_has_started_is_left_alone(tmp_path, capfd):
     (tmp_path / "fake.py").write_text(FAKE)
     launcher = (sys.executable, str(tmp_path / "fake.py"))
-    process = runs.start("x.py --sleep 60", tmp_path / "a", launcher, 0, 1)
-    assert runs.launch([("x.py", tmp_path / "a"), ("x.py", tmp_path / "b")], 2, launcher) == 0
-    assert runs.finished(tmp_path / "b") and not runs.finished(tmp_path / "a")
+    process = launch.start_run("x.py --sleep 60", tmp_path / "a", launcher, 0, 1)
+    assert launch.launch([("x.py", tmp_path / "a"), ("x.py", tmp_path / "b")], 2, launcher) == 0
+    assert finished(tmp_path / "b") and not finished(tmp_path / "a")
     assert "a: left out; another command is running it" in capfd.readouterr().err
     process.kill()
     process.wait()
@@ -308,9 +312,9 @@ def test_a_run_that_another_command_has_started_is_left_alone(tmp_path, capfd):
 
 def test_jobs_share_the_cores():
     before = os.sched_getaffinity(0)
-    with runs.share_of_cores(0, 2):
+    with launch.share_of_cores(0, 2):
         first = os.sched_getaffinity(0)
-    with runs.share_of_cores(1, 2):
+    with launch.share_of_cores(1, 2):
         second = os.sched_getaffinity(0)
     assert os.sched_getaffinity(0) == before
     if len(before) > 1:
@@ -342,8 +346,8 @@ def test_real_runs_become_a_figure(tmp_path):
     assert done.returncode == 0, done.stderr
     assert len(first) == 1 and len(list(tmp_path.glob("*/result.json"))) == 2
     assert all(path.stat().st_mtime_ns == then for path, then in first.items())  # they were not run again
-    rows = runs.read_table(tmp_path / "figures_2" / "fig10_clipped_tokens.csv")
-    assert {row["command"] for row in rows} == set(runs.commands(sys.modules["fig10_clipped_tokens"]))
+    rows = tables.read_table(tmp_path / "figures_2" / "fig10_clipped_tokens.csv")
+    assert {row["command"] for row in rows} == set(launch.commands(sys.modules["fig10_clipped_tokens"]))
     assert sum(row["count"] or 0 for row in rows if row["kind"] == "low") > 10  # of real runs
     assert (tmp_path / "figures_2" / "fig10_clipped_tokens.png").stat().st_size > 10_000
 
@@ -366,50 +370,49 @@ def assert_drawn(figure, module):
 def test_a_figure_from_run_folders(module, tmp_path):
     """Collected from folders of two seeds, of which one is missing; drawn from the table that this makes"""
     args = settings(tmp_path)
-    made = runs.runs_of([module], args)
+    made = figure.runs_of([module], args)
     for _, seed, full in made[:-1]:
-        fake_run(args.runs / runs.name(full), seed)
+        fake_run(args.runs / launch.folder_name(full), seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "launch", lambda *_: 0)
-        assert runs.run([module], args) == 0
-    rows = runs.read_table(args.out / f"{module.__name__}.csv")
-    assert set(runs.Table(rows).commands) == set(runs.commands(module))
+        patch.setattr(figure, "launch", lambda *_: 0)
+        assert figure.run([module], args) == 0
+    rows = tables.read_table(args.out / f"{module.__name__}.csv")
+    assert set(tables.Table(rows).commands) == set(launch.commands(module))
     assert_drawn(module.draw(rows), module)
-    assert runs.draw(module, args.out).stat().st_size > 10_000
+    assert figure.draw(module, args.out).stat().st_size > 10_000
 
 
 def test_a_response_is_shown_of_any_seed(tmp_path, monkeypatch):
-    """On a node, whose seeds begin at 42, figure 10 shows of each command and model the response with most upper cuts"""
-    monkeypatch.setattr(common, "data_mistakes", lambda *_: [])  # the paper's data sets are not here
-    monkeypatch.setattr(runs, "launch", lambda *_: 0)
+    """On a node, whose seeds begin at 42, figure 10 shows of each command and model the response with most tokens clipped above"""
+    monkeypatch.setattr(figure, "launch", lambda *_: 0)
     module, args = sys.modules["fig10_clipped_tokens"], settings(tmp_path, scale="node")
-    for _, seed, full in runs.runs_of([module], args):
-        run = fake_run(args.runs / runs.name(full), seed)
+    for _, seed, full in figure.runs_of([module], args):
+        run = fake_run(args.runs / launch.folder_name(full), seed)
         if seed == 43:
             (run / "tokens.jsonl").write_text(
                 (run / "tokens.jsonl").read_text().replace('"high": [0]', '"high": [0, 2]')
             )
-    assert runs.run([module], args) == 0
-    shown = [row for row in runs.read_table(args.out / "fig10_clipped_tokens.csv") if "shown" in (row["kind"] or "")]
+    assert figure.run([module], args) == 0
+    shown = [row for row in tables.read_table(args.out / "fig10_clipped_tokens.csv") if "shown" in (row["kind"] or "")]
     assert len(shown) == 4 * 20 and {row["seed"] for row in shown} == {43}
     assert sum(row["kind"] == "shown high" for row in shown) == 4 * 2
 
 
 def test_loops_are_pooled(tmp_path, monkeypatch):
     """A rollout with one truncated response counts for less than one with many; what is missing counts for nothing."""
-    monkeypatch.setattr(runs, "launch", lambda *_: 0)
+    monkeypatch.setattr(figure, "launch", lambda *_: 0)
     module, args = sys.modules["fig14_repeat_ratio"], settings(tmp_path, seeds=1)
     many = {"truncated": 0.5, "truncated_right": 0.1, "repeat_ratio_right": 0.5, "repeat_ratio_wrong": 0.25}
     one = {"truncated": 0.1, "truncated_right": 0.0, "repeat_ratio_wrong": 1.0}
-    for _, _, full in runs.runs_of([module], args):
-        run = fake_run(args.runs / runs.name(full))
+    for _, _, full in figure.runs_of([module], args):
+        run = fake_run(args.runs / launch.folder_name(full))
         rows = [{"step": s} | {f"rollout/{k}": v for k, v in row.items()} for s, row in enumerate((many, one, {}))]
         (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert runs.run([module], args) == 0
-    rows = runs.read_table(args.out / "fig14_repeat_ratio.csv")
+    assert figure.run([module], args) == 0
+    rows = tables.read_table(args.out / "fig14_repeat_ratio.csv")
     assert [row[module.WRONG] for row in rows[:3]] == [pytest.approx((0.4 * 0.25 + 0.1) / 0.5), None, None]
-    assert "5.00% of the responses are cut with a right answer, and 50% of these loop" in module.found(rows)
-    assert "25.00% of the responses are cut with a wrong answer, and 40% of these loop" in module.found(rows)
+    assert "5.00% truncated with a right answer, of which 50% loop" in module.found(rows)
+    assert "25.00% truncated with a wrong answer, of which 40% loop" in module.found(rows)
     drawn = module.draw(rows).axes[0].lines[0]
     assert drawn.get_label() == "limit 56, right answer" and drawn.get_ydata() == pytest.approx([0.5, 0.5])
 
@@ -418,44 +421,77 @@ def test_what_cannot_be_read_is_told_in_a_line_and_the_rest_is_drawn(tmp_path, c
     """Damaged, empty, unfinished, of another version, not there: one line each"""
     module = sys.modules["fig03_dynamics"]
     args = settings(tmp_path, seeds=1)
-    folders = [args.runs / runs.name(full) for _, _, full in runs.runs_of([module], args)]
+    folders = [args.runs / launch.folder_name(full) for _, _, full in figure.runs_of([module], args)]
     for folder in folders[:5]:
         fake_run(folder)
-    good, cut, empty, begun, old, missing = folders
-    text = (cut / "metrics.jsonl").read_text()
-    (cut / "metrics.jsonl").write_text(text[: len(text) // 2])
+    good, damaged, empty, begun, old, missing = folders
+    text = (damaged / "metrics.jsonl").read_text()
+    (damaged / "metrics.jsonl").write_text(text[: len(text) // 2])
     (empty / "metrics.jsonl").write_text("")
     (begun / "result.json").unlink()
     rows = [json.loads(line) for line in (old / "metrics.jsonl").read_text().splitlines()]
     rows = [{k.replace("rollout/response_len", "length"): v for k, v in row.items()} for row in rows]
     (old / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "launch", lambda *_: 0)
-        runs.run([module], args)
+        patch.setattr(figure, "launch", lambda *_: 0)
+        figure.run([module], args)
     lines = capsys.readouterr().err.splitlines()
     told = {
         folder: [line.removeprefix(f"{folder}: ") for line in lines if line.startswith(f"{folder}:")]
         for folder in folders
     }
     assert told[good] == [] and told[begun] == ["left out; not finished"] and told[missing] == ["left out; not there"]
-    assert (
-        len(told[cut]) == 1
-        and "left out" in told[cut][0]
-        and told[empty] == ["left out; metrics.jsonl is empty, or not of a run"]
-    )
+    assert told[empty] == ["left out; metrics.jsonl is missing, empty, or not of a run"]
+    assert [line.startswith(f"{damaged}/metrics.jsonl, line ") for line in lines].count(True) == 1  # the others count
     assert told[old] == ["has no rollout/response_len; it is of another version, or logged less"] and len(lines) == 5
-    rows = runs.read_table(args.out / "fig03_dynamics.csv")
-    assert len({row["command"] for row in rows if row["step"] is not None}) == 2
-    runs.draw(module, args.out)
+    rows = tables.read_table(args.out / "fig03_dynamics.csv")
+    assert len({row["command"] for row in rows if row["step"] is not None}) == 3
+    figure.draw(module, args.out)
     curves.draw(folders, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 10_000
 
 
+def test_curves_of_several_runs(tmp_path):
+    """Seeds are one line with a band, lines are named by the flags that differ, and a value that is null is no point."""
+    folders = []
+    for norm, seed in (("none", 1), ("none", 2), ("none", 3), ("group_mean", 1)):
+        folder = fake_run(tmp_path / f"{norm}{seed}", seed)
+        flags = {"script": "lite_ppo", "norm": norm, "lr": 1e-4, "seed": seed}
+        (folder / "args.json").write_text(json.dumps(flags))
+        folders.append(folder)
+    rows = [json.loads(line) for line in (folders[1] / "metrics.jsonl").read_text().splitlines()]
+    rows[3]["rollout/accuracy"] = None
+    (folders[1] / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    named = curves.lines(folders)
+    assert list(named) == ["norm=none (3 seeds)", "norm=group_mean"]
+    steps, values = curves.curve(named["norm=none (3 seeds)"], "rollout/accuracy")
+    assert steps == [s for s in range(12) if s != 3] and values.shape == (3, 11)
+    assert list(curves.PANELS)[0] == "rollout/accuracy" and "reward/mean" not in curves.PANELS
+    (folders[3] / "args.json").write_text(json.dumps({"script": "grpo", "kl_coef": 0.04, "seed": 1}))
+    assert list(curves.lines(folders)) == ["lite_ppo (3 seeds)", "grpo"]
+    assert list(curves.lines(folders[:1])) == ["lite_ppo"]
+    assert curves.draw(folders, tmp_path / "curves.png") and (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+def test_curves_of_nothing(tmp_path):
+    """A folder that is no run, a metric that nobody logged: a line each, status 1 and no empty picture"""
+    run, out = fake_run(tmp_path / "run"), tmp_path / "curves.png"
+    for folders, metrics, said in (
+        ([tmp_path / "nowhere"], "train/kl", [f"{tmp_path}/nowhere: left out", "nothing to draw"]),
+        ([run], "train/kl", ["train/kl: no run has it", "nothing to draw"]),
+    ):
+        command = [sys.executable, "plots/curves.py", *folders, "--metrics", metrics, "--out", out]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        lines = done.stderr.splitlines()
+        assert done.returncode == 1 and len(lines) == 2 and not out.exists(), done.stderr
+        assert all(line.startswith(start) for line, start in zip(lines, said))
+
+
 @pytest.mark.parametrize("name", ["fig09_token_prob", "fig10_clipped_tokens", "fig14_repeat_ratio"])
 def test_figures_of_tokens_from_runs_that_logged_none(name, tmp_path, capsys):
-    """One run of --log_tokens off, one without the files, one cut short: they are told, the others are drawn"""
+    """One run of --log_tokens off, one without the files, one truncated: they are told, the others are drawn"""
     module, args = sys.modules[name], settings(tmp_path, seeds=2)
-    folders = [fake_run(args.runs / runs.name(full)) for _, _, full in runs.runs_of([module], args)]
+    folders = [fake_run(args.runs / launch.folder_name(full)) for _, _, full in figure.runs_of([module], args)]
     for file in ("clipped.jsonl", "tokens.jsonl"):
         (folders[0] / file).write_text("")
         (folders[1] / file).unlink()
@@ -464,36 +500,36 @@ def test_figures_of_tokens_from_runs_that_logged_none(name, tmp_path, capsys):
     rows = [{k: v for k, v in row.items() if not k.startswith(("rollout/prob", "rollout/repeat"))} for row in rows]
     (folders[0] / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "launch", lambda *_: 0)
-        assert runs.run([module], args) == 0
-    assert runs.draw(module, args.out).stat().st_size > 10_000
+        patch.setattr(figure, "launch", lambda *_: 0)
+        assert figure.run([module], args) == 0
+    assert figure.draw(module, args.out).stat().st_size > 10_000
     assert str(folders[0 if name != "fig10_clipped_tokens" else -1]) in capsys.readouterr().err
 
 
 def test_a_figure_that_fails_does_not_take_the_others_with_it(tmp_path, capsys):
     good, bad, args = sys.modules["fig06_std_scope"], sys.modules["fig05_std"], settings(tmp_path, seeds=1)
-    for _, _, full in runs.runs_of([good, bad], args):
-        if not (args.runs / runs.name(full)).exists():
-            fake_run(args.runs / runs.name(full))
+    for _, _, full in figure.runs_of([good, bad], args):
+        if not (args.runs / launch.folder_name(full)).exists():
+            fake_run(args.runs / launch.folder_name(full))
     args.run = True
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "launch", lambda *_: 0)
+        patch.setattr(figure, "launch", lambda *_: 0)
         patch.setattr(bad, "collect", lambda mine: [][0], raising=False)
-        assert runs.work([bad, good], args) == 2  # its table and its picture
+        assert figure.work([bad, good], args) == 2  # its table and its picture
     assert "fig05_std: no table; IndexError" in capsys.readouterr().err
     assert (args.out / "fig06_std_scope.png").is_file()
 
 
 def test_tables_of_other_runs_do_not_replace_the_laptops(monkeypatch):
     for flags, folder in {
-        "": runs.FIGURES,
+        "": figure.FIGURES,
         "--run": ROOT / "runs" / "figures",
         "--run --runs x --steps 10": Path("x/figures_10"),
         "--run --scale node": ROOT / "runs" / "figures_node",
         "--run --scale node --steps 10": ROOT / "runs" / "figures_node_10",
     }.items():
         monkeypatch.setattr(sys, "argv", ["fig", *flags.split()])
-        assert runs.parse("").out == folder
+        assert figure.parse("").out == folder
 
 
 @pytest.mark.parametrize(
@@ -511,8 +547,8 @@ def test_a_table_is_read_as_it_was_written(tmp_path):
         {"command": "a.py", "seed": 1, "token": "3", "x": 0.12345678},
         {"command": "a.py", "seed": 2, "token": None, "x": None},
     ]
-    runs.write_table(tmp_path / "t.csv", rows)
-    assert runs.read_table(tmp_path / "t.csv") == [
+    tables.write_table(tmp_path / "t.csv", rows)
+    assert tables.read_table(tmp_path / "t.csv") == [
         {"command": "a.py", "seed": 1.0, "token": "3", "x": 0.1235},
         {"command": "a.py", "seed": 2.0, "token": "", "x": None},
     ]
@@ -523,7 +559,7 @@ def test_a_table_is_read_as_it_was_written(tmp_path):
 
 @pytest.mark.parametrize("module", FIGURES, ids=id_of)
 def test_a_figure_is_drawn_from_its_committed_table_in_ten_seconds(module, tmp_path):
-    path = runs.FIGURES / f"{module.__name__}.csv"
+    path = figure.FIGURES / f"{module.__name__}.csv"
     (tmp_path / path.name).write_bytes(path.read_bytes())
     begun = time.monotonic()
     command = [sys.executable, module.__file__, "--out", tmp_path]
@@ -541,13 +577,13 @@ def test_a_figure_says_what_its_table_says(module):
 
 def test_the_committed_tables_are_of_these_commands_and_small():
     for module in USUAL:
-        rows = runs.read_table(runs.FIGURES / f"{module.__name__}.csv")
-        assert {row["command"] for row in rows} == set(runs.commands(module)), module
-    assert sum(path.stat().st_size for path in runs.FIGURES.iterdir()) < 10e6
+        rows = tables.read_table(figure.FIGURES / f"{module.__name__}.csv")
+        assert {row["command"] for row in rows} == set(launch.commands(module)), module
+    assert sum(path.stat().st_size for path in figure.FIGURES.iterdir()) < 10e6
 
 
 def test_the_study_is_drawn(tmp_path):
-    for path in runs.FIGURES.glob("*.csv"):
+    for path in figure.FIGURES.glob("*.csv"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     assert study.overview(tmp_path, "laptop").stat().st_size > 10_000
 
@@ -583,7 +619,7 @@ app = QApplication(sys.argv)
 view = QWebEngineView()
 view.resize(1000, 2000)
 ask = '''[document.images.length, [...document.images].every(i => i.complete && i.naturalWidth > 400),
-  document.querySelectorAll('#r0 span').length, document.querySelectorAll('#r0 .cut').length,
+  document.querySelectorAll('#r0 span').length, document.querySelectorAll('#r0 .clipped').length,
   document.querySelector('#r0 span').style.background, (document.querySelector('input[value=entropy]').click(),
   document.querySelector('#r0 span').style.background), document.querySelector('#r0').textContent.slice(0, 7)].join('|')'''
 def answer(said):
@@ -599,14 +635,14 @@ app.exec()
 
 @pytest.mark.browser
 def test_a_report_in_a_browser(tmp_path):
-    """Both pictures are there, tokens are coloured by ratio, then by entropy, cut ones marked; a screenshot is not empty."""
+    """Both pictures are there, tokens are coloured by ratio, then by entropy, clipped ones marked; a screenshot is not empty."""
     page = tmp_path / "report.html"
     page.write_text(report.page(fake_run(tmp_path / "run", steps=500)))
     command = [sys.executable, "-c", BROWSER, page, tmp_path / "shot.png"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert "|" in done.stdout, done.stderr
-    images, loaded, spans, cut, by_ratio, by_entropy, text = done.stdout.strip().split("|")
-    assert (images, loaded, spans, cut, text) == ("2", "true", "20", "2", "<so> it"), done.stderr
+    images, loaded, spans, clipped, by_ratio, by_entropy, text = done.stdout.strip().split("|")
+    assert (images, loaded, spans, clipped, text) == ("2", "true", "20", "2", "<so> it"), done.stderr
     assert by_ratio.startswith("rgba(213, 94, 0") and by_entropy.startswith("rgba(0, 158, 115")
     pixels = importlib.import_module("matplotlib.image").imread(tmp_path / "shot.png")
     assert pixels.shape[:2] == (2000, 1000) and statistics.pstdev(pixels[..., 0].ravel()[::997].tolist()) > 0.05

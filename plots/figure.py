@@ -1,0 +1,118 @@
+"""What every figure's file does when it is run: it starts the runs that are missing, makes the table, draws the picture."""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+from launch import ROOT, at_node, commands, folder_name, launch
+from table import collect_rows, read_table, write_table
+
+FIGURES = ROOT / "plots" / "figures"
+
+
+def positive(text):
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is out of range; give 1 or more")
+    return int(text)
+
+
+def parse(doc):
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--run", action="store_true", help="start the runs that are missing, and make the table from them")
+    p.add_argument(
+        "--seeds", type=positive, help="how many of each command: 1, 2, ... on a laptop [5], 42, 43, ... on a node [1]"
+    )
+    p.add_argument(
+        "--jobs", type=positive, default=1, help="with --run: runs at a time, which share the cores [%(default)s]"
+    )
+    p.add_argument(
+        "--steps", type=positive, help="with --run: training steps of a run, in the place of what its command says"
+    )
+    text = "node: the same runs with the paper's settings, printed, or with --run started one by one on all GPUs"
+    p.add_argument("--scale", choices=["laptop", "node"], default="laptop", help=text)
+    p.add_argument("--runs", type=Path, default=ROOT / "runs", help="with --run: where the run folders are [runs]")
+    p.add_argument(
+        "--out",
+        type=Path,
+        help="folder of tables and pictures [plots/figures; with --run RUNS/figures, RUNS/figures_node, RUNS/figures_STEPS]",
+    )
+    args = p.parse_args()
+    args.seeds = args.seeds or {"laptop": 5, "node": 1}[args.scale]
+    other = ["node"] * (args.scale == "node") + [str(args.steps)] * bool(args.steps)
+    args.out = args.out or (args.runs / "_".join(["figures", *other]) if args.run else FIGURES)
+    return args
+
+
+def commands_at(module, scale):
+    found = commands(module)
+    return found if scale == "laptop" else list(dict.fromkeys(at_node(c, size) for c in found for size in module.SIZES))
+
+
+def runs_of(modules, args):
+    """-> [(command, seed, the command with all its flags)], each once, all of a seed before the next seed"""
+    more = f" --steps {args.steps}" * bool(args.steps and args.run) + f" --scale {args.scale}"
+    every = dict.fromkeys(c for module in modules for c in commands_at(module, args.scale))
+    first = {"laptop": 1, "node": 42}[args.scale]  # the paper's seed
+    return [(c, seed, f"{c}{more} --seed {seed}") for seed in range(first, first + args.seeds) for c in every]
+
+
+def pasteable(modules, args):
+    return [f"accelerate launch {full}" for _, _, full in runs_of(modules, args)]
+
+
+def run(modules, args):
+    """Starts what is missing and makes the tables; -> how many runs failed"""
+    node = args.scale == "node"
+    usual = [module for module in modules if not hasattr(module, "run")]
+    found = [
+        (command, seed, full, args.runs.absolute() / folder_name(full)) for command, seed, full in runs_of(usual, args)
+    ]
+    todo = [(full, out) for out, full in {out: full for _, _, full, out in found}.items()]  # no folder twice
+    failed = launch(todo, 1 if node else args.jobs, ("accelerate", "launch") if node else (sys.executable,))
+    for module in modules:
+        mine = [(c, seed, out) for c, seed, _, out in found if c in commands_at(module, args.scale)]
+        make = getattr(module, "collect", lambda mine, module=module: collect_rows(mine, module.METRICS))
+        try:
+            write_table(table_path(module, args.out), make(mine) if module in usual else module.run(args))
+        except (OSError, ValueError, LookupError, subprocess.CalledProcessError) as error:  # of one figure, not of all
+            print(f"{module.__name__}: no table; {type(error).__name__}: {error}", file=sys.stderr)
+            failed += 1
+    return failed
+
+
+def table_path(module, folder):
+    return folder / f"{Path(module.__file__).stem}.csv"
+
+
+def draw(module, out):
+    """-> the picture of a figure, drawn from its table in the folder `out`"""
+    path = table_path(module, out)
+    figure = module.draw(read_table(path))
+    figure.savefig(path.with_suffix(".png"), dpi=100)
+    plt.close(figure)
+    return path.with_suffix(".png")
+
+
+def work(modules, args):
+    """What a figure's file and the whole study do; -> how many runs and figures failed"""
+    if args.scale == "node" and not args.run:
+        print("\n".join(pasteable(modules, args)))
+        return 0
+    try:
+        failed = run(modules, args) if args.run else 0
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from here")
+    for module in modules:
+        if table_path(module, args.out).is_file():
+            print(draw(module, args.out))
+        else:
+            print(f"{table_path(module, args.out)}: is not there; make it with --run", file=sys.stderr)
+            failed += 1
+    return failed
+
+
+def main(module):
+    raise SystemExit(work([module], parse(module.__doc__)) > 0)
