@@ -280,7 +280,10 @@ def measure(style):
             problems = load_problems(FOLDER / f"{name}.jsonl", tokenizer, args)
             batch = engine.generate(problems, 8, step=0)
             right = torch.tensor([rewards.math_reward(r.text, r.problem["answer"]) for r in batch]).view(-1, 8)
-            length, truncated = sum(len(r.ids) for r in batch) / len(batch), sum(r.truncated for r in batch) / len(batch)
+            length, truncated = (
+                sum(len(r.ids) for r in batch) / len(batch),
+                sum(r.truncated for r in batch) / len(batch),
+            )
             scores = f"pass@1 {right.mean():.2f}  pass@8 {right.amax(1).mean():.2f}"
             print(f"{style:8s} {name:12s} {scores}  length {length:5.1f}  truncated {truncated:.3f}")
 

@@ -52,18 +52,17 @@ def reward(response, args):
     return value
 
 
+def moments(norm, group, everything):  # -> what is subtracted from a reward of this group, and what it is divided by
+    mean = {"none": lambda: 0, "group": lambda: statistics.mean(group), "batch": lambda: statistics.mean(everything)}
+    std = {"group_std": lambda: statistics.stdev(group), "batch_std": lambda: statistics.stdev(everything)}
+    return mean[norm.split("_")[0]](), std[norm[-9:].lstrip("_")]() + 1e-6 if norm.endswith("std") else 1
+
+
 def advantages(rewards, args):  # the rewards of each group -> the advantages of each group
-    everything, norm = [r for group in rewards for r in group], args.norm
-    found = []
+    everything, found = [r for group in rewards for r in group], []
     for group in rewards:
-        mean = {
-            "none": lambda: 0,
-            "group": lambda: statistics.mean(group),
-            "batch": lambda: statistics.mean(everything),
-        }
-        std = {"group_std": lambda: statistics.stdev(group), "batch_std": lambda: statistics.stdev(everything)}
-        by = std[norm[-9:].lstrip("_")]() + 1e-6 if norm.endswith("std") else 1
-        found.append([(r - mean[norm.split("_")[0]]()) / by for r in group])
+        mean, std = moments(args.norm, group, everything)
+        found.append([(r - mean) / std for r in group])
     return found
 
 

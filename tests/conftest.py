@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import common
 from infra import engines, flags, runs
 from infra import policy as policy_module
 

@@ -4,11 +4,12 @@ import subprocess
 import sys
 
 import by_hand
+import pytest
+from conftest import ROOT, copy_project, read_metrics
+
 import dapo
 import grpo
 import lite_ppo
-import pytest
-from conftest import ROOT, copy_project, read_metrics
 
 CASES = {
     "grpo": (grpo, {"kl_coef": 0.5}),
