@@ -100,12 +100,12 @@ def main(argv=None):
         if rank() == 0:
             write_whole(counts_file(path), jsonl(rows))
     if rank() == 0:
-        report(args.files, args.keep)
+        write_results(args.files, args.keep)
     if engine:
         engine.close()
 
 
-def report(paths, keep):
+def write_results(paths, keep):
     """Prints a line for each set, draws the picture, and writes the filtered sets"""
     for path in paths:
         rows = [row for _, row in read_jsonl(counts_file(path))]

@@ -87,14 +87,14 @@ EXPECTED = {  # name: (problems, sha256 of the file made from the copies in publ
 # -------------------------------------------------------------------------------------------------------------- source
 
 
-def read(name, folder):
+def read_source(name, folder):
     """-> the rows of a source as they are, each with where it stands, or None where the folder has no such file"""
     if folder is None:
         hub, where, total = SOURCES[name]
         return [(f"{hub}, row {i}", row) for i, row in enumerate(download(hub, where, total), start=1)]
     paths = sorted(p for p in folder.glob(f"{name}*") if p.suffix in (".jsonl", ".parquet"))
     if not paths and name in STAND_IN:
-        parts = {part: (level, read(part, folder)) for part, level in STAND_IN[name].items()}
+        parts = {part: (level, read_source(part, folder)) for part, level in STAND_IN[name].items()}
         if all(found for _, found in parts.values()):
             return [pair for level, found in parts.values() for pair in found if column(pair[1], LEVEL) == level]
     return [pair for path in paths for pair in read_file(path)] if paths else None
@@ -151,7 +151,7 @@ def scientific(m):
 @functools.cache
 def problems_of(name, folder):
     """-> the rows of a source in the one schema; None where the folder has none"""
-    found = read(name, folder)
+    found = read_source(name, folder)
     if found is None:
         return None
     rows, ids = [], set()

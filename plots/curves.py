@@ -25,7 +25,7 @@ PANELS = {  # metric: title
 }
 
 
-def settings(folder):
+def flags_of_run(folder):
     """-> the flags of a run, as text; a folder without args.json stands for itself"""
     path = folder / "args.json"
     flags = json.loads(path.read_text()) if path.is_file() else {}
@@ -36,7 +36,7 @@ def lines(folders):
     """-> {label: the rows of each of its runs}; a run that cannot be read is left out. A label is the script, where there are
     several, and the flags that differ among its runs."""
     found = {folder: rows for folder in map(Path, folders) if (rows := read_metrics(folder))}
-    flags, scripts, named = {folder: settings(folder) for folder in found}, {}, {}
+    flags, scripts, named = {folder: flags_of_run(folder) for folder in found}, {}, {}
     for mine in flags.values():
         scripts.setdefault(mine["script"], []).append(mine)
     for folder, rows in found.items():

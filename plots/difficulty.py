@@ -37,17 +37,17 @@ def bars(counts):
     return figure
 
 
-def count(rows):
+def by_right(rows):
     """The rows of a .difficulty.jsonl file -> how many problems were solved 0, 1, ... n times"""
     return np.bincount([row["correct"] for row in rows], minlength=rows[0]["samples"] + 1).tolist()
 
 
-def read(path):
+def read_counts(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
 def draw(files, out):
-    figure = bars({Path(file).name.split(".")[0]: count(read(file)) for file in files})
+    figure = bars({Path(file).name.split(".")[0]: by_right(read_counts(file)) for file in files})
     figure.savefig(out, dpi=120)
     plt.close(figure)
 

@@ -40,7 +40,7 @@ def run(args):
             script = [str(ROOT / "data" / "difficulty.py"), "--scale", args.scale, "--model", model]
             subprocess.run([*launcher, *script, "--data", ",".join(map(str, files))], cwd=ROOT, check=True)
         for tier, file in zip(TIERS, counted):
-            counts = enumerate(difficulty.count(difficulty.read(file)))
+            counts = enumerate(difficulty.by_right(difficulty.read_counts(file)))
             rows += [{"model": Path(model).name, "tier": tier, "right": k, "problems": n} for k, n in counts]
     return rows
 

@@ -114,6 +114,17 @@ def test_folders_do_not_import_each_other():
         assert name in programs or all(floor(other) >= floor(name) for other in imports(name)), name
 
 
+def test_a_name_has_one_meaning():
+    """Functions of the shared code, data/ and plots/; main and parse_args are every program's, draw is every picture's."""
+    found = {}
+    for name in set(FILES) - {f"{script}.py" for script in SCRIPTS}:
+        figure = name.startswith("plots/fig") and name != "plots/figure.py"  # each has its own, nobody imports them
+        for node in ast.parse(source(name)).body if not figure else []:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name not in {"main", "parse_args", "draw"}:
+                found.setdefault(node.name, []).append(name)
+    assert not {name: files for name, files in found.items() if len(files) > 1}
+
+
 LIMITS = {"README.md": 12_000, "plots/README.md": 15_000, "data/README.md": 15_000, "tests/README.md": 15_000}
 
 
