@@ -26,10 +26,11 @@ PANELS = {  # metric: title
 
 
 def flags_of_run(folder):
-    """-> the flags of a run, as text; a folder without args.json stands for itself"""
-    path = folder / "args.json"
-    flags = json.loads(path.read_text()) if path.is_file() else {}
-    return {"script": folder.name} | {name: str(value) for name, value in flags.items()}
+    """-> the flags of a run, as text; a folder without a readable args.json stands for itself"""
+    try:
+        return {name: str(value) for name, value in json.loads((folder / "args.json").read_text()).items()}
+    except (OSError, ValueError):
+        return {"script": str(folder)}
 
 
 def lines(folders):
@@ -38,15 +39,17 @@ def lines(folders):
     found = {folder: rows for folder in map(Path, folders) if (rows := read_metrics(folder))}
     flags, scripts, named = {folder: flags_of_run(folder) for folder in found}, {}, {}
     for mine in flags.values():
-        scripts.setdefault(mine["script"], []).append(mine)
+        scripts.setdefault(mine.get("script", ""), []).append(mine)
     for folder, rows in found.items():
-        mine, others = flags[folder], scripts[flags[folder]["script"]]
+        mine, others = flags[folder], scripts[flags[folder].get("script", "")]
         differ = [name for name in mine if name != "seed" and len({other.get(name) for other in others}) > 1]
-        parts = [mine["script"]] * (len(scripts) > 1)
+        parts = [mine.get("script", "")] * (len(scripts) > 1)
         label = ", ".join([*parts, *(f"{name}={mine[name]}" for name in differ)])
         named.setdefault(label, []).append((folder, rows))
     return {
-        (label or flags[runs[0][0]]["script"]) + f" ({len(runs)} seeds)" * (len(runs) > 1): [rows for _, rows in runs]
+        (label or flags[runs[0][0]].get("script", "run")) + f" ({len(runs)} seeds)" * (len(runs) > 1): [
+            rows for _, rows in runs
+        ]
         for label, runs in named.items()
     }
 
@@ -73,8 +76,10 @@ def draw(folders, out, metrics=tuple(PANELS)):
             if len(values) > 1:
                 sd = values.std(0, ddof=1)
                 ax.fill_between(steps, mean - sd, mean + sd, color=look["color"], alpha=0.2, lw=0)
-        if named and not ax.has_data():
-            print(f"{metric}: no run has it", file=sys.stderr)
+        if not ax.has_data():
+            ax.set_visible(False)
+            if named:
+                print(f"{metric}: no run has it", file=sys.stderr)
         ax.set_title(PANELS.get(metric, metric), fontsize=10)
         ax.grid(alpha=0.3)
         if metric.endswith("accuracy"):
@@ -95,6 +100,9 @@ if __name__ == "__main__":
     parser.add_argument("--out", default="curves.png", help="the picture [%(default)s]")
     parser.add_argument("--metrics", default=",".join(PANELS), help="up to four, separated by commas [%(default)s]")
     args = parser.parse_args()
-    if not draw(args.runs, args.out, args.metrics.split(",")):
+    metrics = args.metrics.split(",")
+    if len(metrics) > 4:
+        parser.error(f"--metrics: {len(metrics)} metrics; give up to four")
+    if not draw(args.runs, args.out, metrics):
         sys.exit("nothing to draw")
     print(args.out)

@@ -107,12 +107,13 @@ def evaluations(rows):
         axes[0, 0].plot([r["step"] for r in rows], [r.get(f"eval/{name}/accuracy") for r in rows], label=name, **look)
     axes[0, 0].set_ylabel("accuracy")
     figure.legend(loc="outside right center", fontsize=8, frameon=False)
-    body = [
-        [name]
-        + [f"{r[f'eval/{name}/accuracy']:.3f} ± {r[f'eval/{name}/accuracy_se']:.3f}" for r in (rows[0], rows[-1])]
-        for name in sets
-    ]
+    body = [[name, *(score(row, name) for row in (rows[0], rows[-1]))] for name in sets]
     return picture(figure) + table(["set", f"after {rows[0]['step']}", f"after {rows[-1]['step']} steps"], body)
+
+
+def score(row, name):
+    value, error = row.get(f"eval/{name}/accuracy"), row.get(f"eval/{name}/accuracy_se")
+    return "-" if value is None else f"{value:.3f}" + (f" ± {error:.3f}" if error is not None else "")
 
 
 def time_split(rows):

@@ -17,6 +17,15 @@ SCORE = "eval/mean/accuracy"  # plain mean of the six evaluation sets
 LAST = 2  # evaluations whose mean is a run's final score
 
 
+def read_finished(run):
+    """-> the rows of a finished run's metrics.jsonl; none where they are damaged to the last evaluation, and a line"""
+    rows = read_metrics(run)
+    if rows and rows[-1].get(SCORE) is None:
+        print(f"{run}: left out; its last evaluation cannot be read", file=sys.stderr)
+        return []
+    return rows
+
+
 def collect_rows(runs, metrics):
     """-> a row {"command", "seed", "step", metric: value or None} for each step of each run, one without a step where it cannot be read
 
@@ -25,7 +34,7 @@ def collect_rows(runs, metrics):
     late = [run for _, _, run in runs if not finished(run)]
     for run in late:
         print(f"{run}: left out; " + ("not finished" if run.exists() else "not there"), file=sys.stderr)
-    found = [(command, seed, run, [] if run in late else read_metrics(run)) for command, seed, run in runs]
+    found = [(command, seed, run, [] if run in late else read_finished(run)) for command, seed, run in runs]
     pattern = "|".join([*metrics, "eval/.+/accuracy"])
     names = dict.fromkeys(k for *_, rows in found for row in rows for k in row if re.fullmatch(pattern, k))
     for _, _, run, rows in found:

@@ -407,6 +407,7 @@ def test_loops_are_pooled(tmp_path, monkeypatch):
     for _, _, full in figure.runs_of([module], args):
         run = fake_run(args.runs / launch.folder_name(full))
         rows = [{"step": s} | {f"rollout/{k}": v for k, v in row.items()} for s, row in enumerate((many, one, {}))]
+        rows[-1][tables.SCORE] = 0.5
         (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert figure.run([module], args) == 0
     rows = tables.read_table(args.out / "fig14_repeat_ratio.csv")
@@ -442,10 +443,11 @@ def test_what_cannot_be_read_is_told_in_a_line_and_the_rest_is_drawn(tmp_path, c
     }
     assert told[good] == [] and told[begun] == ["left out; not finished"] and told[missing] == ["left out; not there"]
     assert told[empty] == ["left out; metrics.jsonl is missing, empty, or not of a run"]
-    assert [line.startswith(f"{damaged}/metrics.jsonl, line ") for line in lines].count(True) == 1  # the others count
-    assert told[old] == ["has no rollout/response_len; it is of another version, or logged less"] and len(lines) == 5
+    assert [line.startswith(f"{damaged}/metrics.jsonl, line ") for line in lines].count(True) == 1
+    assert told[damaged] == ["left out; its last evaluation cannot be read"]
+    assert told[old] == ["has no rollout/response_len; it is of another version, or logged less"] and len(lines) == 6
     rows = tables.read_table(args.out / "fig03_dynamics.csv")
-    assert len({row["command"] for row in rows if row["step"] is not None}) == 3
+    assert len({row["command"] for row in rows if row["step"] is not None}) == 2
     figure.draw(module, args.out)
     curves.draw(folders, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 10_000
@@ -470,6 +472,9 @@ def test_curves_of_several_runs(tmp_path):
     (folders[3] / "args.json").write_text(json.dumps({"script": "grpo", "kl_coef": 0.04, "seed": 1}))
     assert list(curves.lines(folders)) == ["lite_ppo (3 seeds)", "grpo"]
     assert list(curves.lines(folders[:1])) == ["lite_ppo"]
+    (folders[0] / "args.json").write_text('{"script": "li')
+    (folders[1] / "args.json").unlink()
+    assert list(curves.lines(folders[:2])) == [str(folder) for folder in folders[:2]]  # each stands for itself
     assert curves.draw(folders, tmp_path / "curves.png") and (tmp_path / "curves.png").stat().st_size > 10_000
 
 
