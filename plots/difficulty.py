@@ -6,7 +6,6 @@ From what data/difficulty.py counted (figure 2 of arXiv 2508.08221 is plots/fig0
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import matplotlib
@@ -14,6 +13,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+
+from table import read_rows
 
 
 def bars(counts):
@@ -42,12 +43,8 @@ def by_right(rows):
     return np.bincount([row["correct"] for row in rows], minlength=rows[0]["samples"] + 1).tolist()
 
 
-def read_counts(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
-
-
 def draw(files, out):
-    figure = bars({Path(file).name.split(".")[0]: by_right(read_counts(file)) for file in files})
+    figure = bars({Path(file).name.split(".")[0]: by_right(read_rows(Path(file))) for file in files})
     figure.savefig(out, dpi=120)
     plt.close(figure)
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import difficulty
 from figure import commands_at, main
 from launch import ROOT, flags_of
+from table import read_rows
 
 SIZES = ("4B", "8B")
 CLAIMS = []
@@ -40,7 +41,7 @@ def run(args):
             script = [str(ROOT / "data" / "difficulty.py"), "--scale", args.scale, "--model", model]
             subprocess.run([*launcher, *script, "--data", ",".join(map(str, files))], cwd=ROOT, check=True)
         for tier, file in zip(TIERS, counted):
-            counts = enumerate(difficulty.by_right(difficulty.read_counts(file)))
+            counts = enumerate(difficulty.by_right(read_rows(file)))
             rows += [{"model": Path(model).name, "tier": tier, "right": k, "problems": n} for k, n in counts]
     return rows
 
