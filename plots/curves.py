@@ -12,10 +12,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import numpy as np
 
-sys.path.append(str(Path(__file__).parent.parent))
-from infra.runs import read_metrics  # noqa: E402
+from table import aligned, read_metrics
 
 PANELS = {  # metric: title
     "rollout/accuracy": "accuracy of the training batch",
@@ -57,9 +55,7 @@ def lines(folders):
 def curve(runs, metric):
     """-> steps (n,), values (runs, n), of the steps at which all runs that have the metric have it"""
     found = [{row["step"]: row[metric] for row in rows if row.get(metric) is not None} for rows in runs]
-    found = [one for one in found if one]
-    steps = sorted(set.intersection(*map(set, found))) if found else []
-    return steps, np.array([[one[step] for step in steps] for one in found])
+    return aligned([one for one in found if one])
 
 
 def draw(folders, out, metrics=tuple(PANELS)):

@@ -109,6 +109,12 @@ def iqm(values):
     return float((share * x).sum() / share.sum())
 
 
+def aligned(series):
+    """[{step: value}, ...] -> steps (n,), values (series, n), of the steps that all have"""
+    steps = sorted(set.intersection(*map(set, series))) if series else []
+    return np.array(steps), np.array([[one[step] for step in steps] for one in series])
+
+
 class Table:
     """A figure's rows by command, seed and metric."""
 
@@ -128,10 +134,8 @@ class Table:
 
     def curves(self, command, metric, smoothed=False):
         """-> steps (n,), values (seeds, n), of the steps that all seeds have"""
-        found = [dict(zip(*s[metric])) for s in self.series[command].values() if metric in s]
-        steps = sorted(set.intersection(*map(set, found))) if found else []
-        values = [[one[step] for step in steps] for one in found]
-        return np.array(steps), np.array([smooth(v) for v in values] if smoothed else values)
+        steps, values = aligned([dict(zip(*s[metric])) for s in self.series[command].values() if metric in s])
+        return steps, np.array([smooth(v) for v in values]) if smoothed else values
 
     def last(self, command, metric=SCORE, count=LAST, change=False):
         """-> {seed: mean of the last `count` values}, of evaluations without that of the untrained model where there are others.

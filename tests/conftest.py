@@ -1,4 +1,3 @@
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -113,10 +112,3 @@ def copy_project(folder, patch=None):
     if patch:
         outside = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}  # git looks for no repository around it
         subprocess.run(["git", "apply", patch], cwd=folder, env=outside, check=True)
-
-
-def load_module(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

@@ -6,7 +6,8 @@ import math
 from types import SimpleNamespace
 
 import pytest
-from conftest import BASE, ROOT, SMALL, engine_args, load_module, read_metrics, run_main
+from by_hand import load_module
+from conftest import BASE, ROOT, SMALL, engine_args, read_metrics, run_main
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import BASE, ROOT, engine_args, load_module, load_policy, make_batch
+from by_hand import load_module
+from conftest import BASE, ROOT, engine_args, load_policy, make_batch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode

@@ -467,7 +467,7 @@ def test_curves_of_several_runs(tmp_path):
     named = curves.lines(folders)
     assert list(named) == ["norm=none (3 seeds)", "norm=group_mean"]
     steps, values = curves.curve(named["norm=none (3 seeds)"], "rollout/accuracy")
-    assert steps == [s for s in range(12) if s != 3] and values.shape == (3, 11)
+    assert list(steps) == [s for s in range(12) if s != 3] and values.shape == (3, 11)
     assert list(curves.PANELS)[0] == "rollout/accuracy" and "reward/mean" not in curves.PANELS
     (folders[3] / "args.json").write_text(json.dumps({"script": "grpo", "kl_coef": 0.04, "seed": 1}))
     assert list(curves.lines(folders)) == ["lite_ppo (3 seeds)", "grpo"]

@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, load_module
+from by_hand import load_module
+from conftest import ROOT
 
 prepare = load_module(ROOT / "data" / "prepare.py")
 

@@ -20,7 +20,8 @@ sys.path[:0] = [
 
 import pytest
 import torch
-from conftest import INFRA, ROOT, SCRIPTS, load_module, make_parser
+from by_hand import load_module
+from conftest import INFRA, ROOT, SCRIPTS, make_parser
 from test_bugs import PATCHES, head
 from test_plan import config
 from test_structure import source
@@ -251,7 +252,7 @@ def constants():
         "LoRA": "all linear layers, alpha twice the rank, no dropout; the engine gets the sum",
         "EOS": "is trained",
         "a truncated response": "is graded like any other",
-        "old log-probabilities": "the trainer's own, before the first update of a rollout; under `--old_logp rollout` the engine's",
+        "old log-probabilities": "the trainer's own, before the first update of a rollout; under `--old_logp rollout` the engine's, but of the fullest pack",
         "a mini-batch with no response left": "no optimizer step",
         "learning rate": "linear warm-up over training steps, then constant",
         "a sample's seed": "a function of (run seed, step, problem id, sample number): the same on any number of GPUs",

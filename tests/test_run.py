@@ -13,13 +13,13 @@ from argparse import Namespace
 import pytest
 import torch
 import workers
+from by_hand import load_module
 from conftest import (
     BASE,
     ROOT,
     SHARED,
     SMALL,
     copy_project,
-    load_module,
     load_policy,
     make_batch,
     make_parser,

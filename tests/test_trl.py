@@ -5,7 +5,8 @@ TRL is run, not read: `pip install --no-deps --target .trl trl==1.16.0`, then `P
 
 import pytest
 import torch
-from conftest import BASE, ROOT, copy_project, load_module, load_policy, make_batch
+from by_hand import load_module
+from conftest import BASE, ROOT, copy_project, load_policy, make_batch
 
 import dapo
 import grpo
