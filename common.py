@@ -5,8 +5,10 @@ A run starts and finishes here. Its parts stand in infra/, each with one subject
     flags.py        the shared flags, what they may not be, the name of a run
     runs.py         a run's metrics, folder and checkpoints; what stops it: a stale engine, a NaN, no memory
     plan.py         memory and time of a command, before anything is loaded: --plan
+    selftest.py     whether this model is trained right, tried before a run begins
     engines.py      sampling: vLLM, which sleeps while the trainer works, or transformers; the seed of a sample
     policy.py       the model that is trained: its forward pass, log-probabilities, optimizer, sharding
+    attention.py    its attention within the sequences of a pack
     packs.py        which responses go to which optimizer step, process and pass; sums over the tokens of a response
     processes.py    the processes of a run, and what they tell each other
 
@@ -27,8 +29,9 @@ from infra.engines import HfEngine, VllmEngine, uses_vllm
 from infra.flags import COUNT, Parser, number, parse_args
 from infra.packs import minibatches, per_response
 from infra.policy import load_policy, load_reference, make_optimizer
-from infra.processes import ROOT, TIMEOUT, distributed_map, fail, rank, use_cores, world
+from infra.processes import ROOT, TIMEOUT, distributed_map, fail, rank, refused, use_cores, world
 from infra.runs import Log, check_finite, explain, freeze_old_logp, open_run, restore, save
+from infra.selftest import self_test
 
 GLOO_REST = 0.5  # seconds for gloo's thread to drop the last barrier; see `finish`
 
@@ -38,12 +41,17 @@ def start(args):
     files = data_files(args, "data", args.data) if args.steps else [], data_files(args, "eval_data", args.eval_data)
     import transformers  # takes seconds; a wrong name of a file is answered before
 
-    shape, tokenizer = plan.read_shape(args), load_tokenizer(args)
+    shape = plan.read_shape(args)
+    with refused(f"--model {args.model}: its tokenizer cannot be loaded"):
+        tokenizer = load_tokenizer(args)
     problems, eval_problems = load_data(args, *files, tokenizer)
     sys.excepthook = functools.partial(explain, args, shape)
     warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process saves a checkpoint alone
     accelerator = join_processes(args, shape)
-    model = load_policy(args)
+    with refused(f"--model {args.model}: it cannot be loaded"):
+        model = load_policy(args)
+    if args.steps:
+        self_test(args, model, [row["prompt_ids"] for row in problems.rows])
     optimizer = make_optimizer(args, model)
     engine = make_engine(args, tokenizer, shape)
     if rank() == 0:

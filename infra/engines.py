@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from infra.policy import base_of, weights
+from infra.policy import base_of, plain_attention, weights
 from infra.processes import all_gather, compute_dtype, device, interleave, join_group, rank, use_tf32, world
 
 MAX_SEQS = 128  # responses that vLLM samples at a time
@@ -156,14 +156,16 @@ class HfEngine(Engine):
         super().__init__(args, tokenizer)
         from transformers import AutoModelForCausalLM
 
-        how = dict(dtype=compute_dtype(), attn_implementation="sdpa")
+        how = dict(dtype=compute_dtype(), attn_implementation="eager")  # which every model has
         lm = AutoModelForCausalLM.from_pretrained(base_of(args.model), **how)
+        lm.set_attn_implementation(plain_attention(lm))
         self.lm = lm.to(device()).eval().requires_grad_(False)
 
     def load(self, model):
         mine = dict(self.lm.named_parameters())
+        buffers = dict(self.lm.named_buffers())
         for name, p in weights(model):
-            mine.pop(name).copy_(p)
+            (mine.pop(name) if name in mine else buffers[name]).copy_(p)
         assert not mine, f"weights that were not loaded: {sorted(mine)}"
 
     def sample(self, prompts, seeds, how):
@@ -183,7 +185,8 @@ class HfEngine(Engine):
         tokens = torch.zeros(len(prompts), how.max_response_len, dtype=torch.long)
         logps = torch.zeros(len(prompts), how.max_response_len)
         for t in range(how.max_response_len):
-            inputs = dict(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1)[:, -ids.shape[1] :])
+            positions = (mask.cumsum(1) - 1).clamp(min=0)  # padding too needs one that there is
+            inputs = dict(input_ids=ids, attention_mask=mask, position_ids=positions[:, -ids.shape[1] :])
             logits = self.lm(**inputs, past_key_values=cache, logits_to_keep=1).logits[:, -1].float()  # (B, V)
             logp = keep_likeliest(logits / how.temperature, how.top_p, how.top_k).log_softmax(-1)  # (B, V)
             token = sample_token(logp, noise[rows, t].to(device()))  # (B,)

@@ -10,7 +10,7 @@ import torch
 
 from infra.engines import MAX_SEQS, longest_sequence
 from infra.policy import HEAD_CHUNK, base_of
-from infra.processes import fail
+from infra.processes import fail, refused
 
 GIB = 2**30
 GPUS = {  # part of the device's name: FLOP/s in bf16, bytes/s of its memory; makers' data sheets, without sparsity
@@ -46,16 +46,21 @@ class Shape:
             lm = AutoModelForCausalLM.from_config(config)
         blocks = [m for m in lm.modules() if type(m).__name__ in lm._no_split_modules]
         linear = [m for block in blocks for m in block.modules() if isinstance(m, torch.nn.Linear)]
-        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        heads, top_k = text.num_attention_heads, getattr(text, "num_experts_per_tok", None) or 1
+        size = getattr(text, "head_dim", None) or text.hidden_size // heads
         head = lm.get_output_embeddings().weight
+        experts = [p for block in blocks for p in block.parameters() if p.dim() == 3]  # (experts, ...) each
         self.params = sum(p.numel() for p in lm.parameters())
         self.layer, self.layers = sum(p.numel() for p in blocks[0].parameters()), len(blocks)
         self.head, self.tied = head.numel(), head is lm.get_input_embeddings().weight
         self.lora = sum(m.in_features + m.out_features for m in linear)  # parameters that an adapter of rank 1 adds
-        self.hidden, self.inner = text.hidden_size, text.intermediate_size
-        self.q, self.kv = text.num_attention_heads * size, text.num_key_value_heads * size
+        self.hidden = text.hidden_size
+        self.inner = getattr(text, "moe_intermediate_size", 0) * top_k or getattr(text, "intermediate_size", None)
+        self.inner = self.inner or 4 * self.hidden
+        self.q, self.kv = heads * size, (getattr(text, "num_key_value_heads", None) or heads) * size
         self.positions = text.max_position_embeddings  # tokens of the longest sequence
         self.computed = self.params - (0 if self.tied else self.head)  # parameters each token is multiplied with
+        self.computed -= sum(p.numel() * (len(p) - top_k) // len(p) for p in experts)  # not with other experts'
         self.checkpointed = 2 * self.hidden * self.layers  # bytes of a token: what goes into each layer
         # bytes of a token while a layer is recomputed and its gradients are computed; of Qwen3 in transformers 5.19
         self.in_a_layer = 16 * self.hidden + 10 * (self.q + self.kv) + 12 * self.inner
@@ -75,10 +80,10 @@ def read_shape(args):
     """-> Shape of --model, from its config.json"""
     from transformers import AutoConfig
 
-    try:
-        s = Shape(AutoConfig.from_pretrained(base_of(args.model)))
-    except OSError:
-        fail(f"--model {args.model}: its config.json cannot be read; give a folder, or a name on a hub in reach")
+    with refused(f"--model {args.model}: its config.json cannot be read; give another folder, or a name on a hub in reach"):
+        config = AutoConfig.from_pretrained(base_of(args.model))
+    with refused(f"--model {args.model}: {config.model_type} cannot be trained here"):
+        s = Shape(config)
     if (longest := longest_sequence(args)) > s.positions:
         why = f"with the longest response {longest} tokens, {args.model} has {s.positions}"
         fail(f"--max_prompt_len {args.max_prompt_len}: {why}")

@@ -1,12 +1,12 @@
 """The model that is trained: its forward pass over a pack, its optimizer, its weights sharded over the processes."""
 
-import inspect
 import json
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+from infra.attention import packed_attention
 from infra.processes import ROOT, compute_dtype, device, join_group, use_tf32, world
 
 ADAPTER = "adapter_config.json"  # what makes a folder one of peft's
@@ -37,6 +37,12 @@ def load_lm(args, dtype=torch.float32):
     return lm
 
 
+def plain_attention(lm):
+    """-> transformers' own attention that does all that this model asks for; its sdpa forgets soft-capping"""
+    capped = getattr(lm.config.get_text_config(), "attn_logit_softcapping", None)
+    return "sdpa" if lm._supports_sdpa and not capped else "eager"
+
+
 def load_policy(args):
     """-> the policy that is trained, with its LoRA adapter where --lora_rank asks for one, sharded"""
     lm = load_lm(args)
@@ -46,8 +52,20 @@ def load_policy(args):
         adapter = peft.LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear")
         lm = peft.get_peft_model(lm, adapter)
     if torch.cuda.is_available():  # a tiny model on a CPU has no activations to speak of
-        lm.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(lm)
     return shard(Policy(lm, args.head_dtype), args)
+
+
+def checkpoint_activations(lm):
+    """A layer's activations are computed again in its backward pass. Layers do so while they train, and alone they do:
+    what is in them stays in evaluation mode, without dropout and a router's noise, and the ratio starts at 1."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for layer in lm.eval().modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.training = True
+            vars(layer).update({name: 0.0 for name in vars(layer) if "dropout" in name})  # of a layer's own
 
 
 def load_reference(args, model):
@@ -80,60 +98,51 @@ class Policy(torch.nn.Module):
     def __init__(self, lm, head_dtype="float32"):
         super().__init__()
         self.lm, self.head_dtype = lm, torch.float32 if head_dtype == "float32" else None  # None: that of the weights
+        self.scale, self.cap = after_head(lm)
 
-    def forward(self, pack, temperature):
-        """-> log-probabilities and entropies (nats) of a pack's trained tokens at this temperature, (T,) in fp32"""
+    def forward(self, pack, temperature, alone=False):
+        """-> log-probabilities and entropies (nats) of a pack's trained tokens at this temperature, (T,) in fp32
+
+        alone: by the model's own code, its sequences one at a time and without our head; for the self-test"""
         if self.replicas:
             self.set_requires_gradient_sync(pack.last)
+        if alone:
+            parts = zip(pack.starts[:-1], pack.starts[1:])
+            logits = [self.lm(input_ids=pack.ids[None, a:b], use_cache=False).logits[0] for a, b in parts]
+            log_p = (torch.cat(logits)[pack.select].float() / temperature).log_softmax(-1)
+            return log_p.gather(1, pack.labels[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
         packing = dict(cu_seq_lens_q=pack.starts, cu_seq_lens_k=pack.starts, position_ids=pack.positions[None])
         packing |= dict(max_length_q=pack.longest, max_length_k=pack.longest)
         h = self.lm.get_decoder()(input_ids=pack.ids[None], use_cache=False, **packing).last_hidden_state
-        head = self.lm.get_output_embeddings().weight
-        return LogprobEntropy.apply(h[0, pack.select], head, pack.labels, temperature, self.head_dtype or head.dtype)
+        head = self.lm.get_output_embeddings()
+        dtype, after = self.head_dtype or head.weight.dtype, (self.scale / temperature, self.cap / temperature)
+        return LogprobEntropy.apply(h[0, pack.select], head.weight, head.bias, pack.labels, after, dtype)
 
 
-def packed_attention(module, q, k, v, mask, scaling=None, dropout=0.0, *, cu_seq_lens_q, max_length_q, **_):
-    """Causal attention within each sequence of a pack. q (1, H, S, D), k and v with H or fewer heads -> (1, S, H, D)"""
-    if q.is_cuda:
-        return varlen_attention(q, k, v, cu_seq_lens_q, max_length_q, scaling), None
-    lengths = cu_seq_lens_q.diff()  # (B,); on a CPU: padded to (B, longest) for the attention alone, which is exact
-    rows = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-    slots = torch.arange(q.shape[2]) + rows * max_length_q - cu_seq_lens_q[rows]  # (S,)
-
-    def pad(x):  # (1, H, S, D) -> (B, H, longest, D)
-        padded = x.new_zeros(x.shape[1], len(lengths) * max_length_q, x.shape[3]).index_copy(1, slots, x[0])
-        return padded.view(x.shape[1], len(lengths), max_length_q, x.shape[3]).transpose(0, 1)
-
-    out = F.scaled_dot_product_attention(pad(q), pad(k), pad(v), is_causal=True, scale=scaling, enable_gqa=True)
-    return out.transpose(1, 2).flatten(0, 1)[slots][None], None
-
-
-def varlen_attention(q, k, v, starts, longest, scaling):
-    from torch.nn.attention.varlen import varlen_attn
-
-    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (S, H, D)
-    shared = {"enable_gqa": True}
-    if "enable_gqa" not in inspect.signature(varlen_attn).parameters:  # torch 2.11
-        shared, k, v = {}, *(x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    q, k, v = (x.contiguous() for x in (q, k, v))
-    causal = (-1, 0)  # every token before, none after
-    return varlen_attn(q, k, v, starts, starts, longest, longest, scale=scaling, window_size=causal, **shared)[None]
+def after_head(lm):
+    """-> scale, cap: what a model's own code makes of the output z of its last layer, cap tanh(scale z / cap); 0: no cap"""
+    config = lm.config.get_text_config()
+    scale = getattr(lm, "logit_scale", 1.0)  # Cohere's
+    if (scaling := getattr(config, "logits_scaling", None)) is not None:  # Granite divides by it
+        scale = scaling if config.model_type.startswith("hyperclovax") else 1 / scaling
+    return scale, getattr(config, "final_logit_softcapping", None) or 0.0  # Gemma's
 
 
 class LogprobEntropy(torch.autograd.Function):
     """Log-probabilities of the labels and entropies, HEAD_CHUNK tokens at a time: no logits outlive their chunk.
 
-    h (T, hidden), weight (V, hidden), labels (T,) -> (T,), (T,) in fp32; products in `dtype`, the softmax in fp32."""
+    h (T, hidden), weight (V, hidden), bias (V,) or None, labels (T,), after: scale and cap of the logits, 0 for none
+    -> (T,), (T,) in fp32; products in `dtype`, the softmax in fp32."""
 
     @staticmethod
-    def forward(ctx, h, weight, labels, temperature, dtype):
-        ctx.save_for_backward(h, weight, labels)
-        ctx.temperature, ctx.dtype = temperature, dtype
+    def forward(ctx, h, weight, bias, labels, after, dtype):
+        ctx.save_for_backward(h, weight, bias, labels)
+        ctx.after, ctx.dtype = after, dtype
         ctx.set_materialize_grads(False)
-        w, logp, entropy = weight.to(dtype), *(torch.empty(len(h), device=h.device) for _ in range(2))
+        layer, logp, entropy = cast(weight, bias, dtype), *(torch.empty(len(h), device=h.device) for _ in range(2))
         for i in range(0, len(h), HEAD_CHUNK):
             part = slice(i, i + HEAD_CHUNK)
-            log_p = log_softmax(h[part].to(dtype), w, temperature)  # (chunk, V)
+            log_p, _ = log_softmax(h[part].to(dtype), layer, after)  # (chunk, V)
             logp[part] = log_p.gather(1, labels[part, None])[:, 0]
             entropy[part] = -log_p.exp().mul_(log_p).sum(-1)
             del log_p  # before the next ones are made
@@ -141,33 +150,46 @@ class LogprobEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_logp, grad_entropy):
-        h, weight, labels = ctx.saved_tensors
-        w = weight.to(ctx.dtype)
+        h, weight, bias, labels = ctx.saved_tensors
+        w, b = layer = cast(weight, bias, ctx.dtype)
         grad_logp = torch.zeros(len(h), device=h.device) if grad_logp is None else grad_logp
         grad_h = torch.empty_like(h)
-        grad_w = torch.zeros_like(w, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        wanted = zip((w, b), ctx.needs_input_grad[1:3])
+        grad_w, grad_b = (torch.zeros_like(p, dtype=torch.float32) if wants else None for p, wants in wanted)
         for i in range(0, len(h), HEAD_CHUNK):
             part = slice(i, i + HEAD_CHUNK)
             x = h[part].to(ctx.dtype)
-            log_p = log_softmax(x, w, ctx.temperature)
+            log_p, slope = log_softmax(x, layer, ctx.after)
             grad = log_p.exp()  # p (chunk, V), then the gradient of the loss by the logits
             if grad_entropy is not None:  # of H = - sum p log p: - p (log p + H)
-                slope = (grad * log_p).sum(-1, keepdim=True) - log_p
-                grad *= slope.mul_(grad_entropy[part, None]).sub_(grad_logp[part, None])
+                by_entropy = (grad * log_p).sum(-1, keepdim=True) - log_p
+                grad *= by_entropy.mul_(grad_entropy[part, None]).sub_(grad_logp[part, None])
             else:
                 grad *= -grad_logp[part, None]
             grad.scatter_add_(1, labels[part, None], grad_logp[part, None])  # of log p_y: onehot - p
-            grad = grad.div_(ctx.temperature).to(ctx.dtype)
+            grad = grad.mul_(slope).to(ctx.dtype)
             grad_h[part] = grad @ w
             if grad_w is not None:
                 grad_w += grad.T @ x
-            del log_p, grad
-        return grad_h, None if grad_w is None else grad_w.to(weight.dtype), None, None, None
+            if grad_b is not None:
+                grad_b += grad.sum(0)
+            del log_p, grad, slope
+        grad_w, grad_b = (g if g is None else g.to(weight.dtype) for g in (grad_w, grad_b))
+        return grad_h, grad_w, grad_b, None, None, None
 
 
-def log_softmax(x, weight, temperature):  # (chunk, hidden), (V, hidden) -> (chunk, V)
-    z = F.linear(x, weight).float().div_(temperature)
-    return z.sub_(z.logsumexp(-1, keepdim=True))
+def cast(weight, bias, dtype):
+    return weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def log_softmax(x, layer, after):
+    """x (chunk, hidden) -> log-probabilities (chunk, V), and the slope of a logit by what the layer put out"""
+    scale, cap = after
+    z, slope = F.linear(x, *layer).float().mul_(scale), scale
+    if cap:
+        z = z.div_(cap).tanh_()
+        slope, z = (1 - z * z).mul_(scale), z * cap
+    return z.sub_(z.logsumexp(-1, keepdim=True)), slope
 
 
 def shard(model, args):
@@ -196,10 +218,13 @@ def shard(model, args):
 
 @torch.no_grad()
 def weights(model):
-    """Yields every parameter by its Hugging Face name, unsharded, as the engine computes, with what an adapter adds.
-
-    All processes must go through all of them."""
+    """Yields every parameter by its Hugging Face name, unsharded, as the engine computes, with what an adapter adds, and
+    every buffer that a checkpoint holds, as it is. All processes must go through all of them."""
     lm = model.lm
+    kept = lm.state_dict().keys()
+    for name, buffer in lm.named_buffers():
+        if name in kept:
+            yield name.removeprefix("base_model.model.").replace(".base_layer.", "."), buffer
     for name, p in lm.named_parameters():
         if ".lora_" in name:
             continue

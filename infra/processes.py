@@ -1,9 +1,11 @@
 """The processes of a run, one for each GPU: the rank of this one, what they tell each other, where this one computes."""
 
+import contextlib
 import datetime
 import functools
 import os
 import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -27,6 +29,19 @@ def fail(message):
     if rank() == 0:
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     raise SystemExit(2)
+
+
+@contextlib.contextmanager
+def refused(what):
+    """Turns what a library stumbles over, at the start of a run, into one line with the place, and status 2."""
+    try:
+        yield
+    except Exception as error:
+        if "out of memory" in str(error):  # `explain` knows what to do
+            raise
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        says = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        fail(f"{what}: {type(error).__name__}: {says} ({Path(place.filename).name}, line {place.lineno})")
 
 
 @functools.cache

@@ -7,7 +7,7 @@ from conftest import BASE, load_policy, make_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infra import packs
+from infra import attention, packs
 from infra import policy as policy_module
 
 
@@ -41,7 +41,7 @@ def test_packed_equals_one_sequence_at_a_time(policy, temperature, monkeypatch):
 
 
 def head_of(h, weight, labels, temperature=1.0, dtype=torch.float32):
-    return policy_module.LogprobEntropy.apply(h, weight, labels, temperature, dtype)
+    return policy_module.LogprobEntropy.apply(h, weight, None, labels, (1 / temperature, 0.0), dtype)
 
 
 @pytest.mark.parametrize("loss", ["logp", "entropy", "both"])
@@ -151,4 +151,4 @@ def test_this_torch_takes_the_call_of_the_gpu_branch():
     """Shapes and arguments alone, on the meta device; the numbers are for `-m gpu`."""
     q, k, v = (torch.empty(1, heads, 20, 64, device="meta") for heads in (8, 4, 4))
     starts = torch.tensor([0, 5, 20], dtype=torch.int32, device="meta")
-    assert policy_module.varlen_attention(q, k, v, starts, 15, 0.125).shape == (1, 20, 8, 64)
+    assert attention.varlen_attention(q, k, v, starts, 15, 0.125).shape == (1, 20, 8, 64)

@@ -72,13 +72,13 @@ def meta_policy(config, monkeypatch):
 
     monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda positions: None)
 
-    def varlen(module, q, k, v, mask, scaling=None, dropout=0.0, *, cu_seq_lens_q, max_length_q, **_):
-        return policy_module.varlen_attention(q, k, v, cu_seq_lens_q, max_length_q, scaling), None
+    def varlen(module, q, k, v, attention_mask, scaling=None, *, cu_seq_lens_q, max_length_q, **_):
+        return attention.varlen_attention(q, k, v, cu_seq_lens_q, max_length_q, scaling), None
 
     AttentionInterface.register("varlen", varlen)  # what `packed` is on a GPU
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="varlen")
-    lm.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    policy_module.checkpoint_activations(lm)
     return policy_module.Policy(lm)
 
 

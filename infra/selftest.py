@@ -1,0 +1,64 @@
+"""Is this model trained right? Tried on the model itself, before a run samples or writes anything."""
+
+import torch
+
+from infra.engines import Response
+from infra.packs import Pack
+from infra.policy import plain_attention
+from infra.processes import compute_dtype, fail, refused
+
+NATS = {torch.float32: 1e-3, torch.bfloat16: 0.05}  # mean difference; healthy: 1e-6 and about 0.01, a wrong model 0.2
+PAST = 64  # tokens of the longest sequence past a model's longest window
+SHORT = 8  # tokens of the shortest, before any
+
+
+def self_test(args, model, prompts):
+    """Ends the run, with status 2, where a pack does not give what the model's own code gives of a sequence alone, two
+    passes of the same weights differ, or a weight that is trained has no gradient. prompts: lists of ids, as text"""
+    kind = f"--model {args.model}: {model.lm.config.model_type} cannot be trained here"
+    longest = longest_window(model.lm.config, args.max_prompt_len + args.max_response_len)
+    pack = make_pack(prompts, [longest, SHORT, longest - 7])
+    short = make_pack(prompts, [3 * SHORT, SHORT])
+    with refused(kind):
+        with torch.no_grad():
+            packed, _ = model(pack, args.temperature)
+            first, _ = model(short, args.temperature)
+        second, entropy = model(short, args.temperature)
+        (second.sum() + entropy.sum()).backward()
+        untrained = [name for name, p in model.lm.named_parameters() if p.requires_grad and p.grad is None]
+        model.zero_grad(set_to_none=True)
+        ours = model.lm.config._attn_implementation
+        with torch.no_grad():
+            model.lm.set_attn_implementation(plain_attention(model.lm))
+            alone, _ = model(pack, args.temperature, alone=True)
+            model.lm.set_attn_implementation(ours)
+    for what, gap in (
+        ("log-probabilities of packed sequences differ from the model's own of one alone", (packed - alone).abs().mean()),
+        ("two passes of the same weights differ", (first - second).abs().mean()),
+    ):
+        if not gap <= NATS[compute_dtype()]:  # nor are they equal when they are no numbers
+            fail(f"{kind}: {what}, by {gap:.2g} nats in the mean; give another model")
+    if untrained:
+        fail(f"{kind}: {len(untrained)} of its weights have no gradient, {untrained[0]} first; give another model")
+
+
+def longest_window(config, limit):
+    """-> tokens of a sequence that passes every length at which the model changes, as far as a run's sequences go"""
+    text, rope = config.get_text_config(), getattr(config.get_text_config(), "rope_parameters", None) or {}
+    found = [getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size")]
+    for values in [rope, *(values for values in rope.values() if isinstance(values, dict))]:
+        found += [values.get("original_max_position_embeddings")]
+    lengths = [n for n in (*found, getattr(text, "original_max_position_embeddings", None)) if isinstance(n, int)]
+    return min(limit, max([n for n in lengths if n < limit], default=0) + PAST)
+
+
+def make_pack(prompts, lengths):
+    """-> a Pack of sequences of these lengths, of which all tokens but the first are trained"""
+    text, batch = [token for prompt in prompts for token in prompt], []
+    text = text * (1 + max(lengths) * len(lengths) // len(text))
+    for i, n in enumerate(lengths):
+        ids = text[sum(lengths[:i]) :][:n]
+        batch.append(Response({"prompt_ids": ids[:1]}, torch.tensor(ids[1:]), torch.zeros(n - 1), False, ""))
+    pack = Pack(batch, range(len(batch)))
+    pack.last = True
+    return pack

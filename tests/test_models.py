@@ -1,0 +1,205 @@
+"""Every kind of model is trained right, or refused in one line before a run begins. tests/README.md shows the table.
+
+Models are tiny and random, of transformers' own configurations, with windows that sequences of 40 tokens pass."""
+
+import pytest
+import torch
+from conftest import BASE, ROOT, engine_args, load_policy
+
+from infra import engines, packs, plan, runs, selftest
+from infra.processes import refused
+
+SMALL = dict(
+    hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+    max_position_embeddings=512, pad_token_id=0, bos_token_id=0, eos_token_id=0,
+    num_experts=4, num_local_experts=4, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
+    n_group=1, topk_group=1, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=16,
+    first_k_dense_replace=1, n_shared_experts=1, sliding_window=16, final_logit_softcapping=5.0,
+    attn_logit_softcapping=2.0, logit_scale=0.3, logits_scaling=3.0,
+)  # fmt: skip
+LLAMA3 = dict(rope_type="llama3", rope_theta=1e4, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+WINDOW = dict(layer_types=["sliding_attention", "full_attention"])
+TRAINED = {  # name: model type and what it is given beside SMALL
+    "Llama 3": ("llama", dict(attention_bias=True, rope_parameters=LLAMA3 | dict(original_max_position_embeddings=16))),
+    "Llama, linear RoPE": ("llama", dict(rope_parameters=dict(rope_type="linear", factor=4.0, rope_theta=1e4))),
+    "Llama, YaRN": ("llama", dict(rope_parameters=dict(rope_type="yarn", factor=4.0, rope_theta=1e4))),
+    "Qwen2, Qwen2.5": ("qwen2", {}),
+    "Qwen2, window": ("qwen2", dict(use_sliding_window=True, max_window_layers=0) | WINDOW),
+    "Qwen2-MoE": ("qwen2_moe", {}),
+    "Qwen3": ("qwen3", {}),
+    "Qwen3-MoE": ("qwen3_moe", {}),
+    "Mistral": ("mistral", {}),
+    "Ministral": ("ministral", WINDOW),
+    "Ministral 3": ("ministral3", {}),
+    "Mixtral": ("mixtral", {}),
+    "Gemma": ("gemma", {}),
+    "Gemma 2": ("gemma2", WINDOW),
+    "Gemma 3": ("gemma3_text", WINDOW),
+    "VaultGemma": ("vaultgemma", WINDOW),
+    "Phi-2": ("phi", dict(resid_pdrop=0.1)),
+    "Phi-3, Phi-4": ("phi3", {}),
+    "OLMo": ("olmo", {}),
+    "OLMo 2": ("olmo2", {}),
+    "OLMo 3": ("olmo3", WINDOW),
+    "OLMoE": ("olmoe", {}),
+    "SmolLM3": ("smollm3", {}),
+    "Granite 3": ("granite", dict(attention_multiplier=0.3, embedding_multiplier=2.0, residual_multiplier=0.5)),
+    "Granite MoE": ("granitemoe", {}),
+    "Granite, sinks": ("granite_swa", {}),
+    "Cohere": ("cohere", {}),
+    "Cohere 2": ("cohere2", WINDOW),
+    "GLM-4": ("glm4", {}),
+    "GLM-4, first": ("glm", {}),
+    "GLM-4.5": ("glm4_moe", {}),
+    "EXAONE 4": ("exaone4", WINDOW),
+    "StarCoder2": ("starcoder2", {}),
+    "GPT-2": ("gpt2", {}),
+    "GPT-NeoX": ("gpt_neox", {}),
+    "gpt-oss": ("gpt_oss", WINDOW),
+    "OPT": ("opt", dict(dropout=0.1, ffn_dim=96, word_embed_proj_dim=64)),
+    "DeepSeek-V2": ("deepseek_v2", dict(num_key_value_heads=4, head_dim=8)),
+    "DeepSeek-V3": ("deepseek_v3", dict(num_key_value_heads=4, head_dim=8)),
+    "MiniMax-M2": ("minimax_m2", {}),
+    "MiniCPM3": ("minicpm3", dict(num_key_value_heads=4, head_dim=8)),
+    "HyperCLOVA X": ("hyperclovax", {}),
+    "nanochat": ("nanochat", {}),
+    "Apertus": ("apertus", {}),
+    "Seed-OSS": ("seed_oss", {}),
+    "Hunyuan": ("hunyuan_v1_dense", {}),
+    "ERNIE 4.5": ("ernie4_5", {}),
+    "Arcee": ("arcee", {}),
+    "Helium": ("helium", {}),
+}
+LONG = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 8, long_factor=[4.0] * 8)
+LINEAR = ["linear_attention", "full_attention"]
+LINEAR_SIZES = dict(linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=16, linear_value_head_dim=16)
+MIXED = "log-probabilities of packed sequences differ"
+REFUSED = {  # name: model type, what it is given, what the line says
+    "Phi-3, past its first context": (
+        "phi3", dict(original_max_position_embeddings=16, rope_parameters=LONG), MIXED),
+    "Qwen3-Next": ("qwen3_next", dict(layer_types=LINEAR) | LINEAR_SIZES, MIXED),
+    "Qwen3.5": ("qwen3_5_text", dict(layer_types=LINEAR) | LINEAR_SIZES, MIXED),
+    "LFM2": ("lfm2", dict(layer_types=["conv", "full_attention"]), MIXED),
+    "Mamba": ("mamba", {}, ""),
+    "Mamba 2": ("mamba2", dict(num_heads=8, n_groups=2, expand=2), ""),
+    "Jamba": ("jamba", dict(attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2), ""),
+    "Bamba": ("bamba", dict(attn_layer_indices=[1], mamba_n_heads=8, mamba_d_head=16), ""),
+    "Granite 4": (
+        "granitemoehybrid", dict(layer_types=["mamba", "attention"], mamba_n_heads=8, mamba_d_head=16), MIXED),
+    "RecurrentGemma": ("recurrent_gemma", {}, ""),
+    "BLOOM": ("bloom", {}, ""),
+    "Falcon": ("falcon", {}, ""),
+    "Falcon, alibi": ("falcon", dict(alibi=True), ""),
+    "MPT": ("mpt", dict(d_model=64, n_heads=4, n_layers=2), ""),
+    "GPT": ("openai-gpt", dict(n_embd=64, n_head=4, n_layer=2), ""),
+    "GPT-J": ("gptj", dict(n_embd=64, n_head=4, n_layer=2, rotary_dim=8), ""),
+    "CodeGen": ("codegen", dict(n_embd=64, n_head=4, n_layer=2, rotary_dim=8), ""),
+    "GPT-Neo": ("gpt_neo", dict(num_layers=2, attention_types=[[["global", "local"], 1]], window_size=16), ""),
+    "StableLM": ("stablelm", {}, "does not tell its attention where a sequence begins"),
+    "Nemotron": ("nemotron", {}, "does not tell its attention where a sequence begins"),
+    "Llama 4": ("llama4_text", dict(intermediate_size_mlp=96), ""),
+    "Doge": ("doge", {}, MIXED),
+    "Phi-MoE": ("phimoe", {}, MIXED),
+    "BERT": ("bert", {}, MIXED),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def make_model(tmp_path_factory):
+    """-> a function: model type, settings -> a folder with random weights large enough that each of them matters"""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+
+    def make(kind, changes, seed=0):
+        known = AutoConfig.for_model(kind)
+        settings = SMALL | {"vocab_size": len(tokenizer)} | changes
+        names = known.to_dict().keys() | known.attribute_map.keys() | changes.keys()
+        config = AutoConfig.for_model(kind, **{name: value for name, value in settings.items() if name in names})
+        torch.manual_seed(seed)
+        lm, folder = AutoModelForCausalLM.from_config(config), tmp_path_factory.mktemp(kind)
+        with torch.no_grad():
+            for name, p in lm.named_parameters():
+                p.copy_(torch.randn(p.shape) * (1 if "embed" in name else 0.2) if p.dim() > 1 else p + 0.1 * torch.randn(p.shape))
+            for name, buffer in lm.named_buffers():
+                if "correction_bias" in name:
+                    buffer.copy_(torch.randn(buffer.shape))
+        lm.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+def prompts(count=8):
+    g = torch.Generator().manual_seed(1)
+    return [torch.randint(5, 90, (n,), generator=g).tolist() for n in range(3, 3 + 3 * count, 3)]
+
+
+def start_of_a_run(folder, lora_rank=0):
+    """What `common.start` does with a model -> the policy"""
+    args = engine_args(model=str(folder), max_prompt_len=32, max_response_len=32, eval_max_response_len=32)
+    plan.read_shape(args)
+    with refused(f"--model {args.model}: it cannot be loaded"):
+        policy = load_policy(args.model, lora_rank)
+    selftest.self_test(args, policy, prompts())
+    return args, policy
+
+
+def by_itself(lm, batch):
+    """-> log-probabilities of all responses, from transformers' dense logits of one sequence at a time"""
+    found = []
+    for r in batch:
+        logits = lm(input_ids=torch.cat([torch.tensor(r.problem["prompt_ids"]), r.ids])[None], use_cache=False).logits
+        logp = logits[0, -len(r.ids) - 1 : -1].float().log_softmax(-1)
+        found.append(logp.gather(1, r.ids[:, None])[:, 0])
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_trained_right(name, make_model, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = make_model(*TRAINED[name])
+    args, policy = start_of_a_run(folder)
+
+    engine = engines.HfEngine(args, AutoTokenizer.from_pretrained(folder))
+    with torch.no_grad():
+        for p in policy.parameters():
+            p.add_(0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    engine.stop = list(range(6))  # so that some end early
+    engine.load(policy)
+    batch = engine.generate([{"id": str(i), "prompt_ids": ids} for i, ids in enumerate(prompts())], 2, 0)
+    pack = packs.Pack(batch, range(len(batch)))
+    assert len({len(r.ids) for r in batch}) > 1 and pack.longest > 30
+    logp, _ = policy(pack, 1.0)
+    torch.testing.assert_close(logp, pack.engine_logp, atol=2e-4, rtol=1e-4)
+
+    runs.save_model(args, policy, tmp_path)
+    lm = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager")
+    alone = by_itself(lm, batch)
+    torch.testing.assert_close(logp, alone, atol=2e-4, rtol=1e-4)
+
+    weight = torch.rand(len(logp), generator=torch.Generator().manual_seed(2))
+    (weight * logp).sum().backward()
+    (weight * alone).sum().backward()
+    got = dict(policy.lm.named_parameters())
+    scale = max(float(p.grad.abs().max()) for p in lm.parameters())
+    for name, p in lm.named_parameters():
+        atol = 2e-4 * float(p.grad.abs().max()) + 1e-6 * scale  # the latter of a key's bias, whose gradient is 0
+        torch.testing.assert_close(got[name].grad, p.grad, atol=atol, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_in_one_line(name, make_model, capsys):
+    kind, changes, says = REFUSED[name]
+    folder = make_model(kind, changes)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        start_of_a_run(folder)
+    line = capsys.readouterr().err.strip()
+    assert stopped.value.code == 2 and f"--model {folder}: " in line and kind in line and says in line
+
+
+def test_forty_kinds():
+    assert len({kind for kind, *_ in [*TRAINED.values(), *REFUSED.values()]}) >= 40
