@@ -17,6 +17,7 @@ In data/ problems.py is what a model is asked, evaluation.py how good it is; rew
 import functools
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 
@@ -45,11 +46,18 @@ def start(args):
     with refused(f"--model {args.model}: its tokenizer cannot be loaded"):
         tokenizer = load_tokenizer(args)
     problems, eval_problems = load_data(args, *files, tokenizer)
+    if any(max(row["prompt_ids"]) >= shape.words for row in problems.rows + eval_problems):
+        fail(
+            f"--model {args.model}: its tokenizer has more tokens than its embedding, {shape.words}, and prompts use them"
+        )
     sys.excepthook = functools.partial(explain, args, shape)
     warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process saves a checkpoint alone
     accelerator = join_processes(args, shape)
     with refused(f"--model {args.model}: it cannot be loaded"):
         model = load_policy(args)
+    with refused(f"--model {args.model}: a checkpoint of it cannot be saved"), tempfile.TemporaryDirectory() as scratch:
+        for part in (model.lm.config, model.lm.generation_config, tokenizer) if args.steps and rank() == 0 else ():
+            part.save_pretrained(scratch)
     if args.steps:
         self_test(args, model, [row["prompt_ids"] for row in problems.rows])
     optimizer = make_optimizer(args, model)

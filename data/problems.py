@@ -1,22 +1,84 @@
 """Problems and prompts: what stands in a data file, and what a model is asked."""
 
+import math
 import random
+import re
 
 from infra.policy import find
-from infra.processes import ROOT, fail
+from infra.processes import ROOT, fail, rank
 from infra.runs import read_jsonl
+from rewards import extract_answer
 
 SYSTEM = r"Please reason step by step, and put your final answer within \boxed{}."  # arXiv 2508.08221, appendix A.2
 PLAIN = "{system}\n\nProblem: {problem}\n\nSolution:"  # --template plain
 
 
 def render(problem, tokenizer, template="chat", enable_thinking="on"):
-    """-> the text of a prompt. A chat template that does not know `enable_thinking` takes no notice of it."""
+    """-> the text of a prompt. problem: a text, or the messages of a chat, [{"role", "content"}, ...]
+
+    A chat template that does not know `enable_thinking` takes no notice of it; one that has no system role gets the
+    system message in front of the user's."""
     if template == "plain":
-        return PLAIN.format(system=SYSTEM, problem=problem)
-    messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": problem}]
+        return PLAIN.format(system=SYSTEM, problem=text_of(problem))
+    messages = [{"role": "user", "content": problem}] if isinstance(problem, str) else problem
+    if messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": SYSTEM}, *messages]
+    if not has_system_role(tokenizer):
+        system, user, *rest = messages
+        messages = [user | {"content": f"{system['content']}\n\n{user['content']}"}, *rest]
     switch = {"enable_thinking": enable_thinking == "on"}
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **switch)
+
+
+def has_system_role(tokenizer):
+    from jinja2 import TemplateError
+
+    try:
+        tokenizer.apply_chat_template([{"role": role, "content": "1"} for role in ("system", "user")], tokenize=False)
+    except TemplateError:
+        return False
+    return True
+
+
+def text_of(problem):
+    """-> what a problem asks: itself, or what the messages of a chat say but for the system's"""
+    asked = problem if isinstance(problem, str) else [m["content"] for m in problem if m["role"] != "system"]
+    return asked if isinstance(asked, str) else "\n\n".join(asked)
+
+
+def read_problem(value):
+    """-> a text or messages, or ValueError with the reason"""
+    if isinstance(value, list):
+        good = lambda m: isinstance(m, dict) and all(isinstance(m.get(key), str) for key in ("role", "content"))
+        if not value or not all(map(good, value)) or value[-1]["role"] != "user":
+            raise ValueError('"problem" is a list, but not of messages {"role", "content"} that end with the user\'s')
+    elif not isinstance(value, str):
+        raise ValueError(f'"problem" is a {type(value).__name__}, not a text')
+    if not text_of(value).strip():
+        raise ValueError('"problem" is missing or empty')
+    text_of(value).encode()  # a lone surrogate is no text: UnicodeEncodeError, a ValueError
+    return value
+
+
+def read_answer(value):
+    """-> the answer that a response is compared with, in LaTeX without a box, or ValueError with the reason
+
+    Of a whole solution it is what stands after ####, or in the last box; dollars around it go."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError(f'"answer" is a {type(value).__name__}, not a text or a number')
+    if not isinstance(value, str) and not math.isfinite(value):
+        raise ValueError(f'"answer" is {value}')
+    text = str(value)
+    text.encode()
+    text = text.rsplit("####", 1)[-1].strip()
+    text = extract_answer(text) or text
+    text = re.sub(r"^(\$+|\\\(|\\\[)([^$]*?)(\$+|\\\)|\\\])$", r"\2", text).strip()
+    if not text:
+        raise ValueError('"answer" is missing or empty')
+    words = re.findall(r"[A-Za-z]{2,}", re.sub(r"\\[a-zA-Z]+\s*(\{[^{}]*\})?", " ", text))
+    if len(words) > 2 and (text.endswith(".") or "answer is" in text.lower()):
+        raise ValueError(f'"answer" is a sentence: {text[:60]}')
+    return text
 
 
 def load_problems(path, tokenizer, args):
@@ -26,23 +88,28 @@ def load_problems(path, tokenizer, args):
     found = read_jsonl(path, damaged=lambda i: fail(f"{path}, line {i}: not JSON; write one object a line"))
     if not found:
         fail(f"{path}, line 1: the file is empty; write one object a line")
-    rows, ids = [], set()
+    rows, ids, wrong = [], set(), []
     for i, row in found:
-        for key in ("problem", "answer"):
-            value = row.get(key) if isinstance(row, dict) else None
-            if value is None or not str(value).strip():
-                fail(f'{path}, line {i}: "{key}" is missing or empty; remove the line or fill it in')
-        row |= {"id": str(row.get("id", f"{path.stem}-{i}")), "answer": str(row["answer"])}
+        try:
+            if not isinstance(row, dict) or None in (row.get("problem"), row.get("answer")):
+                raise ValueError('"problem" or "answer" is missing or empty')
+            asked = read_problem(row["problem"])
+            row |= {"id": str(row.get("id", f"{path.stem}-{i}")), "answer": read_answer(row["answer"])}
+        except ValueError as error:
+            wrong.append(f"line {i}: {error}")
+            continue
         if row["id"] in ids:  # they would be sampled with the same seeds
             fail(f'{path}, line {i}: a second "id" {row["id"]}; give each problem its own, or none')
         ids.add(row["id"])
-        text = render(str(row["problem"]), tokenizer, args.template, args.enable_thinking)
+        text, row["problem"] = render(asked, tokenizer, args.template, args.enable_thinking), text_of(asked)
         plain = args.template == "plain"  # a chat template has its own special tokens
         row["prompt_ids"] = tokenizer.encode(text, add_special_tokens=plain)
         length, limit = len(row["prompt_ids"]), args.max_prompt_len
         if length > limit:
             fail(f"{path}, line {i}: a prompt of {length} tokens; raise --max_prompt_len {limit} or remove it")
         rows.append(row)
+    if wrong:
+        fail(f"{path}, {'; '.join(wrong[:3])}; {len(wrong)} such of {len(found)} lines: mend or remove them")
     return rows
 
 
@@ -50,10 +117,14 @@ def load_tokenizer(args):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(find(args.model)))
+    if "1" not in tokenizer.decode(tokenizer.encode("1 + 1")):  # one without a vocabulary is made of nothing
+        fail(f"--model {args.model}: its tokenizer does not know the text 1 + 1; are its files there?")
     if args.template == "chat" and not tokenizer.chat_template:
         fail(f"--template chat: {args.model} has no chat template; give --template plain")
     if args.enable_thinking == "off" and "enable_thinking" not in str(tokenizer.chat_template):
         fail(f"--enable_thinking off: the chat template of {args.model} has no such switch; leave it out")
+    if args.template == "chat" and not has_system_role(tokenizer) and rank() == 0:
+        print(f"{args.model}: its chat template has no system role; that message stands in front of the user's")
     return tokenizer
 
 
@@ -74,6 +145,11 @@ def load_data(args, files, eval_files, tokenizer):
     if args.steps and len(rows) < args.prompts_per_step:
         have = f"--data {args.data} has {len(rows)} problems"
         fail(f"--prompts_per_step {args.prompts_per_step}: {have}; lower it")
+    names = [file.stem.removeprefix("eval_") for file in eval_files]
+    if twice := next((name for i, name in enumerate(names) if name in names[:i]), None):
+        fail(f"--eval_data {args.eval_data}: two sets are called {twice}; leave one out, or rename its file")
+    if "mean" in names:
+        fail(f"--eval_data {args.eval_data}: a set may not be called mean, as the mean over sets is; rename its file")
     eval_rows = [
         row | {"set": file.stem.removeprefix("eval_")}
         for file in eval_files

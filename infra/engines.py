@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from infra.policy import base_of, plain_attention, weights
-from infra.processes import all_gather, compute_dtype, device, interleave, join_group, rank, use_tf32, world
+from infra.processes import all_gather, compute_dtype, device, fail, interleave, join_group, rank, use_tf32, world
 
 MAX_SEQS = 128  # responses that vLLM samples at a time
 HF_ROWS = 256  # sequences the hf engine samples at a time
@@ -39,12 +39,16 @@ def seed_of(seed, step, problem_id, sample):
 
 def stop_ids(model, tokenizer):
     """-> EOS of the model and of the tokenizer, and the end of a chat turn, which base models leave out"""
-    from transformers import GenerationConfig
+    from transformers import AutoConfig, GenerationConfig
 
     ids = {tokenizer.eos_token_id, tokenizer.get_vocab().get("<|im_end|>")}
     with contextlib.suppress(OSError):  # no generation_config.json
         eos = GenerationConfig.from_pretrained(model).eos_token_id
         ids |= set(eos if isinstance(eos, list) else [eos])
+    eos = getattr(AutoConfig.from_pretrained(model).get_text_config(), "eos_token_id", None)
+    ids |= set(eos if isinstance(eos, list) else [eos])
+    if ids == {None}:
+        fail(f"--model {model}: neither its tokenizer nor its configuration has an EOS; a response would never end")
     return sorted(ids - {None})
 
 
@@ -127,7 +131,7 @@ class VllmEngine(Engine):
         self.llm.wake_up(tags=["weights"])
 
     def load(self, model):
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights(model)})
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": as_saved(model)})
         self.llm.reset_prefix_cache()  # its keys and values came from the old weights
         torch.cuda.empty_cache()  # of the weights that passed
         self.llm.wake_up(tags=["kv_cache"])
@@ -147,6 +151,15 @@ class VllmEngine(Engine):
 
     def close(self):
         self.llm.llm_engine.engine_core.shutdown()  # before Accelerate's end: it takes the process group along
+
+
+def as_saved(model):
+    """Yields the weights by the names of a checkpoint on disk, one matrix an expert, which vLLM knows."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    lm = model.lm.get_base_model() if hasattr(model.lm, "get_base_model") else model.lm
+    for name, p in weights(model):
+        yield from revert_weight_conversion(lm, {name: p}).items()
 
 
 class HfEngine(Engine):

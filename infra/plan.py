@@ -8,7 +8,7 @@ import re
 
 import torch
 
-from infra.engines import MAX_SEQS, longest_sequence
+from infra.engines import MAX_SEQS, longest_sequence, uses_vllm
 from infra.policy import HEAD_CHUNK, base_of
 from infra.processes import fail, refused
 
@@ -50,6 +50,7 @@ class Shape:
         size = getattr(text, "head_dim", None) or text.hidden_size // heads
         head = lm.get_output_embeddings().weight
         experts = [p for block in blocks for p in block.parameters() if p.dim() == 3]  # (experts, ...) each
+        self.experts = sum(p.numel() for p in experts)
         self.params = sum(p.numel() for p in lm.parameters())
         self.layer, self.layers = sum(p.numel() for p in blocks[0].parameters()), len(blocks)
         self.head, self.tied = head.numel(), head is lm.get_input_embeddings().weight
@@ -58,6 +59,7 @@ class Shape:
         self.inner = getattr(text, "moe_intermediate_size", 0) * top_k or getattr(text, "intermediate_size", None)
         self.inner = self.inner or 4 * self.hidden
         self.q, self.kv = heads * size, (getattr(text, "num_key_value_heads", None) or heads) * size
+        self.words = len(lm.get_input_embeddings().weight)  # rows of the embedding
         self.positions = text.max_position_embeddings  # tokens of the longest sequence
         self.computed = self.params - (0 if self.tied else self.head)  # parameters each token is multiplied with
         self.computed -= sum(p.numel() * (len(p) - top_k) // len(p) for p in experts)  # not with other experts'
@@ -80,10 +82,21 @@ def read_shape(args):
     """-> Shape of --model, from its config.json"""
     from transformers import AutoConfig
 
-    with refused(f"--model {args.model}: its config.json cannot be read; give another folder, or a name on a hub in reach"):
+    with refused(
+        f"--model {args.model}: its config.json cannot be read; give another folder, or a name on a hub in reach"
+    ):
         config = AutoConfig.from_pretrained(base_of(args.model))
+    if quantised := getattr(config, "quantization_config", None):
+        kind = getattr(quantised, "quant_method", None) or dict(quantised).get("quant_method", "unknown")
+        fail(f"--model {args.model}: its weights are quantised ({kind}) and cannot be trained; give those before that")
     with refused(f"--model {args.model}: {config.model_type} cannot be trained here"):
         s = Shape(config)
+    if s.experts and uses_vllm(args) and not torch.cuda.is_available():
+        fail(f"--engine vllm: on a CPU it loads no mixture of experts, as {args.model} is, again; give --engine hf")
+    if s.experts and args.lora_rank:
+        fail(
+            f"--lora_rank {args.lora_rank}: adapters are for linear layers, not for experts, as {args.model} has; give 0"
+        )
     if (longest := longest_sequence(args)) > s.positions:
         why = f"with the longest response {longest} tokens, {args.model} has {s.positions}"
         fail(f"--max_prompt_len {args.max_prompt_len}: {why}")

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from infra.attention import packed_attention
-from infra.processes import ROOT, compute_dtype, device, join_group, use_tf32, world
+from infra.processes import ROOT, compute_dtype, device, fail, join_group, use_tf32, world
 
 ADAPTER = "adapter_config.json"  # what makes a folder one of peft's
 HEAD_CHUNK = 2048  # tokens whose logits exist at a time: 1.2 GiB in fp32 at Qwen3's vocabulary of 152k
@@ -29,11 +29,16 @@ def load_lm(args, dtype=torch.float32):
 
     AttentionInterface.register("packed", packed_attention)
     AttentionMaskInterface.register("packed", lambda *_, **__: None)  # a pack needs no mask
-    lm = AutoModelForCausalLM.from_pretrained(base_of(args.model), dtype=dtype, attn_implementation="packed")
+    how = dict(dtype=dtype, attn_implementation="packed", output_loading_info=True)
+    lm, report = AutoModelForCausalLM.from_pretrained(base_of(args.model), **how)
+    for name in sorted(report["missing_keys"])[:1]:
+        fail(f"--model {args.model}: {len(report['missing_keys'])} of its weights are in no file, {name} first")
     if (find(args.model) / ADAPTER).is_file():
         import peft
 
         lm = peft.PeftModel.from_pretrained(lm, str(find(args.model))).merge_and_unload().requires_grad_(True)
+    if name := next((name for name, p in lm.named_parameters() if not p.sum().isfinite()), None):
+        fail(f"--model {args.model}: NaN or infinite weights, in {name} first")
     return lm
 
 
@@ -99,6 +104,7 @@ class Policy(torch.nn.Module):
         super().__init__()
         self.lm, self.head_dtype = lm, torch.float32 if head_dtype == "float32" else None  # None: that of the weights
         self.scale, self.cap = after_head(lm)
+        lm.get_decoder().do_not_compile = True  # vLLM marks transformers' classes where it has no code of its own
 
     def forward(self, pack, temperature, alone=False):
         """-> log-probabilities and entropies (nats) of a pack's trained tokens at this temperature, (T,) in fp32

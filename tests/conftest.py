@@ -73,7 +73,7 @@ def engine_args(**changes):
         max_response_len=64,
         seed=1,
     )
-    settings |= {"lora_rank": 0, "reference": False, "lr": 1e-4, "weight_decay": 0.0}
+    settings |= {"engine": "auto", "lora_rank": 0, "reference": False, "lr": 1e-4, "weight_decay": 0.0}
     machine = {name: laptop for name, (laptop, _) in flags.MACHINE.items()}
     return Namespace(**(machine | settings | dict(eval_max_response_len=64) | changes))
 

@@ -2,14 +2,20 @@
 
 Models are tiny and random, of transformers' own configurations, with windows that sequences of 40 tokens pass."""
 
+import json
+
 import pytest
 import torch
-from conftest import BASE, ROOT, engine_args, load_policy
+from conftest import BASE, SMALL, engine_args, load_policy, run_main
+from safetensors.torch import load_file, save_file
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from infra import engines, packs, plan, runs, selftest
+import lite_ppo
+from infra import attention, engines, packs, plan, runs, selftest
+from infra import policy as policy_module
 from infra.processes import refused
 
-SMALL = dict(
+TINY = dict(
     hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
     max_position_embeddings=512, pad_token_id=0, bos_token_id=0, eos_token_id=0,
     num_experts=4, num_local_experts=4, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
@@ -19,7 +25,7 @@ SMALL = dict(
 )  # fmt: skip
 LLAMA3 = dict(rope_type="llama3", rope_theta=1e4, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
 WINDOW = dict(layer_types=["sliding_attention", "full_attention"])
-TRAINED = {  # name: model type and what it is given beside SMALL
+TRAINED = {  # name: model type and what it is given beside TINY
     "Llama 3": ("llama", dict(attention_bias=True, rope_parameters=LLAMA3 | dict(original_max_position_embeddings=16))),
     "Llama, linear RoPE": ("llama", dict(rope_parameters=dict(rope_type="linear", factor=4.0, rope_theta=1e4))),
     "Llama, YaRN": ("llama", dict(rope_parameters=dict(rope_type="yarn", factor=4.0, rope_theta=1e4))),
@@ -107,20 +113,22 @@ REFUSED = {  # name: model type, what it is given, what the line says
 @pytest.fixture(scope="session")
 def make_model(tmp_path_factory):
     """-> a function: model type, settings -> a folder with random weights large enough that each of them matters"""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(BASE)
 
     def make(kind, changes, seed=0):
         known = AutoConfig.for_model(kind)
-        settings = SMALL | {"vocab_size": len(tokenizer)} | changes
+        settings = TINY | {"vocab_size": len(tokenizer)} | changes
         names = known.to_dict().keys() | known.attribute_map.keys() | changes.keys()
         config = AutoConfig.for_model(kind, **{name: value for name, value in settings.items() if name in names})
         torch.manual_seed(seed)
         lm, folder = AutoModelForCausalLM.from_config(config), tmp_path_factory.mktemp(kind)
         with torch.no_grad():
             for name, p in lm.named_parameters():
-                p.copy_(torch.randn(p.shape) * (1 if "embed" in name else 0.2) if p.dim() > 1 else p + 0.1 * torch.randn(p.shape))
+                p.copy_(
+                    torch.randn(p.shape) * (1 if "embed" in name else 0.2)
+                    if p.dim() > 1
+                    else p + 0.1 * torch.randn(p.shape)
+                )
             for name, buffer in lm.named_buffers():
                 if "correction_bias" in name:
                     buffer.copy_(torch.randn(buffer.shape))
@@ -158,8 +166,6 @@ def by_itself(lm, batch):
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_trained_right(name, make_model, tmp_path):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     folder = make_model(*TRAINED[name])
     args, policy = start_of_a_run(folder)
 
@@ -201,5 +207,178 @@ def test_refused_in_one_line(name, make_model, capsys):
     assert stopped.value.code == 2 and f"--model {folder}: " in line and kind in line and says in line
 
 
+@pytest.mark.parametrize("name", ["Qwen3-MoE", "Mixtral", "OLMoE", "gpt-oss"])
+@pytest.mark.parametrize("flags", [dict(lora_rank=4), dict(engine="vllm")])
+def test_experts_are_refused(name, flags, make_model, capsys):
+    args = engine_args(model=str(make_model(*TRAINED[name])), **flags)
+    with pytest.raises(SystemExit):
+        plan.read_shape(args)
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert args.model in line and f"--{next(iter(flags))} " in line and "experts" in line
+
+
+WITH_DROPOUT = ["Phi-2", "GPT-2", "OPT", "StarCoder2", "Qwen3"]
+
+
+@pytest.mark.parametrize("name", WITH_DROPOUT)
+def test_recomputed_activations_without_dropout(name, make_model, monkeypatch):
+    """As on a GPU: each layer is computed twice, and its dropout and a router's noise stay off."""
+    kind, changes = TRAINED[name]
+    folder = make_model(kind, changes | dict(attention_dropout=0.1))
+    (_, plain), (args, policy) = start_of_a_run(folder), start_of_a_run(folder)
+    policy_module.checkpoint_activations(policy.lm)
+    selftest.self_test(args, policy, prompts())
+    calls, pack = [], selftest.make_pack(prompts(), [40, 20])
+    for layer in policy.lm.modules():
+        if "_gradient_checkpointing_func" in vars(layer) and type(layer).__name__ in policy.lm._no_split_modules:
+            again = layer._gradient_checkpointing_func
+            monkeypatch.setattr(layer, "_gradient_checkpointing_func", lambda *a, f=again: calls.append(1) or f(*a))
+    for model in (plain, policy):
+        model(pack, 1.0)[0].sum().backward()
+    assert len(calls) == 2
+    for (name, p), other in zip(plain.named_parameters(), policy.parameters()):
+        torch.testing.assert_close(other.grad, p.grad, msg=name)
+
+
+def ignore(**what):
+    """packed_attention that is not told some things"""
+    return lambda *args, **how: attention.packed_attention(*args, **(how | what))
+
+
+FAULTS = {
+    "window": ("Gemma 3", lambda m: set_attention(sliding_window=None), MIXED),
+    "soft-capping": ("Gemma 2", lambda m: set_attention(softcap=None), MIXED),
+    "sinks": ("gpt-oss", lambda m: set_attention(s_aux=None), MIXED),
+    "a scale of the logits": ("Granite 3", lambda m: setattr(m, "scale", 1.0), MIXED),
+    "their cap": ("Gemma 3", lambda m: setattr(m, "cap", 0.0), MIXED),
+    "dropout": ("GPT-2", lambda m: m.train(), "two passes of the same weights differ"),
+    "no number": ("Qwen3", lambda m: next(m.parameters()).data.fill_(torch.nan), "nan nats"),
+    "a weight nobody reads": (
+        "Qwen3", lambda m: setattr(m.lm, "lost", torch.nn.Parameter(torch.ones(3))), "no gradient, lost first"),
+}  # fmt: skip
+
+
+def set_attention(**what):
+    AttentionInterface.register("packed", ignore(**what))
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_self_test_finds(fault, make_model, capsys):
+    name, breaks, says = FAULTS[fault]
+    args, policy = start_of_a_run(make_model(*TRAINED[name]))
+    breaks(policy)
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            selftest.self_test(args, policy, prompts())
+    finally:
+        AttentionInterface.register("packed", attention.packed_attention)
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stopped.value.code == 2 and TRAINED[name][0] in line and says in line
+
+
+def edit(name, **changes):
+    """-> a change of a JSON file of a model's folder"""
+
+    def damage(folder):
+        path = folder / name
+        found = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(found | changes))
+
+    return damage
+
+
+def drop_weights(*names, value=None):
+    def damage(folder):
+        state = load_file(folder / "model.safetensors")
+        for name in names:
+            state[name] = torch.full_like(state[name], value) if value else None
+        save_file({k: v for k, v in state.items() if v is not None}, folder / "model.safetensors", {"format": "pt"})
+
+    return damage
+
+
+def no_eos(folder):
+    edit("config.json", eos_token_id=None)(folder)
+    edit("generation_config.json", eos_token_id=None)(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(folder)
+    edit("tokenizer_config.json", eos_token=None)(folder)
+
+
+def no_tokenizer(folder):
+    for path in [*folder.glob("token*"), *folder.glob("chat_template*"), *folder.glob("special*")]:
+        path.unlink()
+
+
+def pointer(folder):
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 7\n")
+
+
+FOLDERS = {  # what is wrong with it, and what the line says
+    "no output layer": (drop_weights("lm_head.weight"), "1 of its weights are in no file, lm_head.weight first"),
+    "no layer": (drop_weights("model.layers.0.mlp.up_proj.weight"), "model.layers.0.mlp.up_proj.weight first"),
+    "NaN": (drop_weights("model.norm.weight", value=torch.nan), "NaN or infinite weights, in model.norm.weight"),
+    "infinite": (drop_weights("lm_head.weight", value=torch.inf), "NaN or infinite weights, in lm_head.weight"),
+    "another shape": (edit("config.json", intermediate_size=100), "cannot be loaded"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "cannot be loaded: OSError"),
+    "a pointer": (pointer, "cannot be loaded: Safetensor"),
+    "generation settings": (edit("generation_config.json", temperature=0.6, do_sample=False), "cannot be saved"),
+    "no EOS": (no_eos, "would never end"),
+    "no tokenizer": (no_tokenizer, "its tokenizer does not know"),
+    "a small embedding": (edit("config.json", vocab_size=20), "more tokens than its embedding, 20"),
+    "AWQ": (edit("config.json", quantization_config={"quant_method": "awq", "bits": 4}), "quantised (awq)"),
+    "FP8": (edit("config.json", quantization_config={"quant_method": "fp8"}), "quantised (fp8)"),
+    "remote code": (
+        edit("config.json", model_type="own", auto_map={"AutoConfig": "own.OwnConfig"}), "its config.json cannot be read"),
+    "an unknown kind": (edit("config.json", model_type="gpt5"), "its config.json cannot be read"),
+    "no JSON": (lambda folder: (folder / "config.json").write_text("{"), "its config.json cannot be read"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_folder_is_refused_in_one_line(name, make_model, tmp_path, monkeypatch, capsys):
+    damage, says = FOLDERS[name]
+    folder = make_model("qwen2", dict(tie_word_embeddings=False))
+    damage(folder)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        run_main(monkeypatch, lite_ppo, *SMALL, "--model", folder, "--out", tmp_path / "run")
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lite_ppo.py: ")]
+    assert stopped.value.code == 2 and len(said) == 1 and str(folder) in said[0] and says in said[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_end_may_stand_in_the_configuration_alone(make_model):
+    folder = make_model("qwen2", dict(eos_token_id=7))
+    (folder / "generation_config.json").unlink()
+    assert 7 in engines.stop_ids(folder, AutoTokenizer.from_pretrained(folder))
+
+
 def test_forty_kinds():
     assert len({kind for kind, *_ in [*TRAINED.values(), *REFUSED.values()]}) >= 40
+
+
+VLLM = "Llama 3", "Qwen2, Qwen2.5", "Gemma 2", "Gemma 3", "Granite 3", "Mistral", "OLMo 3", "SmolLM3", "StarCoder2"
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("name", VLLM)
+def test_vllm_samples_from_it(name, make_model):
+    kind, changes = TRAINED[name]
+    folder = make_model(
+        kind, changes | dict(head_dim=32, hidden_size=128)
+    )  # vLLM's attention on a CPU takes no smaller
+    args, policy = start_of_a_run(folder)
+    engine = engines.VllmEngine(args, AutoTokenizer.from_pretrained(folder))
+    try:
+        engine.wake()
+        engine.load(policy)
+        batch = engine.generate([{"id": str(i), "prompt_ids": ids} for i, ids in enumerate(prompts())], 2, 0)
+        pack = packs.Pack(batch, range(len(batch)))
+        with torch.no_grad():
+            logp, _ = policy(pack, 1.0)
+        assert pack.longest > 30
+        torch.testing.assert_close(logp, pack.engine_logp, atol=2e-4, rtol=1e-4)
+    finally:
+        engine.close()

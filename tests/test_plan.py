@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from infra import engines, flags, packs, plan
+from infra import attention, engines, flags, packs, plan
 from infra import policy as policy_module
 
 GIB = plan.GIB

@@ -1,5 +1,12 @@
-"""The order of the problems and the seeds of the samples are functions of what they are for, and nothing else."""
+"""What is read from a data file. The order of the problems and the seeds of the samples are functions of what they are for."""
 
+import json
+
+import pytest
+from conftest import engine_args
+from transformers import AutoTokenizer
+
+from data import problems as data
 from data.problems import Problems
 from infra import engines
 
@@ -41,3 +48,74 @@ def test_seeds():
     assert engines.seed_of(1, 7, "p0", 0) == rollout[0]
     others = [engines.seed_of(*key, 0) for key in [(2, 7, "p0"), (1, 8, "p0"), (1, 7, "p1"), (1, "eval", "p0")]]
     assert len({rollout[0], *others}) == 5
+
+
+ANSWERS = {
+    "72": ["72", 72, " 72 ", "Natalia sold 48/2 = 24 clips in May.\n#### 72", "$72$", r"\boxed{72}", r"\(72\)", "$$72$$",
+           r"The sum is $\boxed{72}$."],
+    r"\frac{1}{2}": [r"\frac{1}{2}", r"Thus \boxed{\frac{1}{2}}."],
+    r"\text{Monday}": [r"\text{Monday}"],
+    "10 m": ["10 m"],
+    "$x=1$ and $y=2$": ["$x=1$ and $y=2$"],
+    "3.5": [3.5, "3.5"],
+}  # fmt: skip
+NO_ANSWERS = [
+    {"value": 3}, ["3"], float("nan"), float("inf"), True, None, "", "  ", "$$", "The answer is 3.", "the answer is 3",
+    "We add both numbers and find the sum.", "####", "3\ud800",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("answer, forms", ANSWERS.items())
+def test_answers_of_one_reading_are_read(answer, forms):
+    assert [data.read_answer(form) for form in forms] == [answer] * len(forms)
+
+
+@pytest.mark.parametrize("value", NO_ANSWERS)
+def test_others_are_not(value):
+    with pytest.raises(ValueError):
+        data.read_answer(value)
+
+
+def load(tmp_path, rows, **changes):
+    path = tmp_path / "own.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = engine_args(max_prompt_len=400, **changes)
+    return data.load_problems(path, AutoTokenizer.from_pretrained(args.model), args)
+
+
+def test_all_lines_are_read_before_one_is_refused(tmp_path, capsys):
+    rows = [
+        {"problem": "what is 1 + 2?", "answer": answer} for answer in ("3", None, ["3"], "3", {}, "The answer is 3.")
+    ]
+    with pytest.raises(SystemExit):
+        load(tmp_path, rows)
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and "4 such of 6 lines" in line
+    assert [f"line {i}:" in line for i in range(1, 7)] == [False, True, True, False, True, False]
+
+
+@pytest.mark.parametrize("problem", [3, {"text": "1 + 2"}, [], ["what is 1 + 2?"], [{"role": "user"}], "\ud800", " ",
+                                     [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]])  # fmt: skip
+def test_problems_nobody_can_read(problem, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        load(tmp_path, [{"problem": problem, "answer": "3"}])
+    assert "line 1: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("template", ["chat", "plain"])
+def test_messages_are_messages(template, tmp_path):
+    text, user = "what is 1 + 2?", {"role": "user", "content": "what is 1 + 2?"}
+    both = [{"role": "system", "content": data.SYSTEM}, user]
+    rows = load(tmp_path, [{"problem": p, "answer": "3"} for p in (text, [user], both)], template=template)
+    assert rows[0]["prompt_ids"] == rows[1]["prompt_ids"] == rows[2]["prompt_ids"]
+    assert {row["problem"] for row in rows} == {text}
+
+
+def test_a_template_without_a_system_role(capsys):
+    tokenizer = AutoTokenizer.from_pretrained(engine_args().model)
+    refuse = "{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    tokenizer.chat_template = "{% for m in messages %}" + refuse + "<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+    assert not data.has_system_role(tokenizer)
+    assert data.render("1 + 2", tokenizer) == f"<user>{data.SYSTEM}\n\n1 + 2"
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1 + 2"}]
+    assert data.render(messages, tokenizer) == "<user>Be brief.\n\n1 + 2"
