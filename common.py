@@ -30,7 +30,17 @@ from infra.engines import HfEngine, VllmEngine, uses_vllm
 from infra.flags import COUNT, Parser, number, parse_args
 from infra.packs import minibatches, per_response
 from infra.policy import load_policy, load_reference, make_optimizer
-from infra.processes import ROOT, TIMEOUT, distributed_map, fail, rank, refused, use_cores, world
+from infra.processes import (
+    ROOT,
+    TIMEOUT,
+    distributed_map,
+    fail,
+    rank,
+    refused,
+    use_cores,
+    without_accelerate_config,
+    world,
+)
 from infra.runs import Log, check_finite, explain, freeze_old_logp, open_run, restore, save
 from infra.selftest import self_test
 
@@ -72,6 +82,7 @@ def start(args):
 
 def join_processes(args, shape, alone=False):
     """-> accelerator. alone: nobody trains beside the engine"""
+    without_accelerate_config()
     import accelerate
 
     cuda, timeout = torch.cuda.is_available(), accelerate.InitProcessGroupKwargs(timeout=TIMEOUT)

@@ -14,7 +14,7 @@ import logging
 import os
 import re
 import resource
-import select
+import selectors
 import signal
 import subprocess
 import sys
@@ -310,7 +310,12 @@ class GradePool:
                 limit = START_SECONDS if worker in self.starting else self.seconds
                 busy[worker] = pair, time.monotonic() + limit
             wait = max(0, min(end for _, end in busy.values()) - time.monotonic())
-            heard = select.select([w.stdout for w in busy], [], [], wait)[0]
+            with (
+                selectors.DefaultSelector() as selector
+            ):  # which knows file descriptors above 1,023, as select does not
+                for worker in busy:
+                    selector.register(worker.stdout, selectors.EVENT_READ)
+                heard = [key.fileobj for key, _ in selector.select(wait)]
             for worker, (pair, end) in list(busy.items()):
                 said = os.read(worker.stdout.fileno(), 4096) if worker.stdout in heard else None
                 for line in (said or b"").splitlines():  # a worker writes whole lines

@@ -93,7 +93,8 @@ class VllmEngine(Engine):
     def __init__(self, args, tokenizer, kv_cache_bytes=None):
         super().__init__(args, tokenizer)
         cuda = torch.cuda.is_available()
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING" if cuda else "ERROR")  # else a warning at each sleep
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # else false alarms at each sleep and each load
+        threads = os.environ.get("TORCHINDUCTOR_COMPILE_THREADS")
         join_group()
         if not cuda:
             os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(math.ceil(args.kv_cache_gib or 1))  # GiB
@@ -123,6 +124,8 @@ class VllmEngine(Engine):
             seed=args.seed,  # of Python's, numpy's and torch's generators too, from which nothing of ours draws
         )
         use_tf32()
+        os.environ.pop("TORCHINDUCTOR_COMPILE_THREADS", None)  # vLLM sets 1, which would be the trainer's too
+        os.environ.update({"TORCHINDUCTOR_COMPILE_THREADS": threads} if threads else {})
         self.sleep()
 
     def wake(self):
@@ -135,6 +138,7 @@ class VllmEngine(Engine):
         self.llm.reset_prefix_cache()  # its keys and values came from the old weights
         torch.cuda.empty_cache()  # of the weights that passed
         self.llm.wake_up(tags=["kv_cache"])
+        self.llm.collective_rpc(zero_cache)
 
     def sample(self, prompts, seeds, how):
         from vllm import SamplingParams
@@ -151,6 +155,13 @@ class VllmEngine(Engine):
 
     def close(self):
         self.llm.llm_engine.engine_core.shutdown()  # before Accelerate's end: it takes the process group along
+
+
+def zero_cache(worker):
+    """The cache's memory is whatever it was before it slept; a NaN there would go into attention, be it masked."""
+    for cache in worker.model_runner.kv_caches:
+        for part in cache if isinstance(cache, list | tuple) else [cache]:
+            part.zero_()
 
 
 def as_saved(model):

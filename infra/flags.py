@@ -32,6 +32,7 @@ def number(kind, low, high=math.inf, above=False):
 
 
 COUNT, NATURAL, POSITIVE = number(int, 1), number(int, 0), number(float, 0, above=True)
+GPU = Path("/dev/nvidia0")
 SHARE, ON_OFF = number(float, 0, 1, above=True), ["on", "off"]
 FLAGS = {  # all scripts share them. Defaults stand in the script; of those that are no paper's business, here
     "model": (str, "The model to train: a folder, or a name on the Hugging Face hub."),
@@ -146,6 +147,10 @@ def parse_args(p, argv=None, reference=lambda args: False):
             if given[name] != stored.get(name):
                 fail(f"--{name} {given[name]}: the run to --resume has {stored.get(name)}; leave the flag out")
     given = {"script": p.script, "out": None, "resume": None, "plan": None} | stored | given
+    if "scale" not in given and GPU.exists() and torch.version.cuda and not torch.cuda.is_available():
+        if os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+            why = f"torch, made for CUDA {torch.version.cuda}, sees no GPU although one is here: is its driver too old?"
+            fail(f"--scale: {why} Update it, or give --scale laptop")
     args = settings(p.table, given)
     args.reference = reference(args)
     args.out = args.out or str(Path("runs") / run_name(args, p.table))

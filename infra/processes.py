@@ -16,6 +16,12 @@ TIMEOUT = datetime.timedelta(hours=2)  # of one process that waits for another, 
 CPU_THREADS = 8  # at most, for all processes together; a tiny model has no work for more
 
 
+def without_accelerate_config():
+    """What `accelerate config` once wrote into a file changes no run: precision, accumulation, another sharding."""
+    for name in [n for n in os.environ if n.startswith(("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_"))]:
+        del os.environ[name]
+
+
 def rank():
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
 

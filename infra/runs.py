@@ -37,6 +37,7 @@ class Log:
             path = self.folder / f"{name}.jsonl"  # later steps are done again; a line truncated by a crash goes too
             rows = read_jsonl(path, damaged=lambda number: None) if path.exists() else []
             write_whole(path, jsonl(row for _, row in rows if row["step"] < first_step))
+        self.told = False  # why all rewards of a rollout are equal
         self.bar = tqdm(total=args.steps, initial=first_step, desc=self.folder.name, unit="step", disable=rank() > 0)
         self.clear()
 
@@ -91,6 +92,13 @@ class Log:
         self.mean("reward/std", reward.std())  # standard deviation of the same rewards
         self.mean("reward/solved_all", solved.all(1))  # share of the sampled groups that are all right
         self.mean("reward/solved_none", ~solved.any(1))  # share of the sampled groups that are all wrong
+        no_answer = [rewards.extract_answer(r.text) is None for r in batch]
+        self.mean("reward/no_answer", no_answer)  # share of the sampled responses without a box
+        if reward.min() == reward.max() and not self.told:
+            self.told, errors = True, sum(bool(g.error) for g in grades)
+            why = f"{sum(no_answer)} have no box, {len(truncated)} are truncated, {errors} could not be graded"
+            what = f"all {len(batch)} responses of this rollout earn {reward.min():g}, so that it may teach nothing"
+            self.say(f"{what}: {int(solved.sum())} are right, {why}")
         self.mean("reward/grader_errors", [bool(g.error) for g in grades])  # share the grader could not compare
         self.mean("reward/grader_timeouts", [g.error == "timeout" for g in grades])  # share it had no time to compare
         if len(adv):

@@ -12,6 +12,7 @@ import dapo
 import grpo
 import lite_ppo
 from data import problems
+from infra import flags as shared_flags
 
 GOOD = json.dumps({"problem": "what is 1 + 2?", "answer": "3"})
 
@@ -257,3 +258,38 @@ def test_from_the_command_line(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--norm" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("script", [grpo, dapo, lite_ppo])
+@pytest.mark.parametrize("norm", ["batch_mean", "batch_mean_batch_std", "group_mean_group_std", "group_mean_batch_std"])
+def test_one_response_has_no_deviation(refused, script, norm):
+    flags = ["--norm", norm, "--prompts_per_step", "1", "--group_size", "1", "--minibatches", "1"]
+    assert "--group_size 1" in refused(*SMALL, *flags, script=script)
+
+
+def test_a_driver_that_is_too_old(refused, monkeypatch, tmp_path):
+    monkeypatch.setattr(shared_flags, "GPU", ROOT)  # a device file that is there
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert "driver" in refused("--steps", "1")
+
+
+def make_sets(tmp_path, names):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(GOOD + "\n")
+    return ",".join(str(tmp_path / name) for name in names)
+
+
+@pytest.mark.parametrize(
+    "names, says",
+    [
+        (["a/own.jsonl", "b/own.jsonl"], "two sets are called own"),
+        (["own.jsonl", "own.jsonl"], "two sets are called own"),
+        (["eval_own.jsonl", "own.jsonl"], "two sets are called own"),
+        (["eval_mean.jsonl"], "a set may not be called mean"),
+    ],
+)
+def test_sets_of_one_name(names, says, refused, tmp_path_factory):
+    sets = make_sets(tmp_path_factory.mktemp("sets"), names)
+    assert says in refused(*SMALL, "--eval_data", sets)

@@ -82,6 +82,22 @@ def test_the_prefix_cache_does_not_survive_a_load(engine):
     engine.sleep()
 
 
+def fill_with_nan(worker):
+    for cache in worker.model_runner.kv_caches:
+        cache.fill_(torch.nan)
+
+
+def test_what_was_in_the_caches_memory_does_no_harm(engine):
+    """After a wake it is undefined; NaN times a weight of 0 is NaN."""
+    policy = shaken(4)
+    engine.wake()
+    if isinstance(engine, engines.VllmEngine):
+        engine.llm.collective_rpc(fill_with_nan)
+    engine.load(policy)
+    assert gap(policy, engine.generate(make_problems(engine.tokenizer), 8, 0)).abs().max() < 1e-4
+    engine.sleep()
+
+
 def test_more_prompt_tokens_than_one_pass_takes(engine):
     """9,000 tokens of prompts, so that vLLM, which takes 8,192 at a time, has to leave some for later."""
     policy, sums = shaken(5), [" + ".join([str(i)] + ["7"] * 145) for i in range(30)]

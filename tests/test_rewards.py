@@ -1,4 +1,5 @@
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -210,6 +211,20 @@ def test_what_was_compared_is_remembered(pool, monkeypatch):
     before = time.monotonic()
     assert all(g.correct for g in pool.grade([*HARD, *HARD][:39]))
     assert time.monotonic() - before < 1
+
+
+def test_many_open_files(tmp_path):
+    """A process of a GPU has more than 1,024 file descriptors."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
+    files, pool = [open(tmp_path / "file", "w") for _ in range(1100)], GradePool(workers=1)
+    try:
+        assert pool.grade([(r"\boxed{x+1}", "1+x")])[0].correct
+    finally:
+        pool.close()
+        for file in files:
+            file.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_a_worker_that_dies_is_replaced(pool):

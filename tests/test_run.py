@@ -240,6 +240,22 @@ def test_the_others_are_the_same_after_a_kill(script, more, tmp_path, monkeypatc
     )
 
 
+def test_what_accelerate_config_wrote_changes_nothing(finished, tmp_path, monkeypatch):
+    found = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4", "ACCELERATE_MIXED_PRECISION": "bf16"}
+    found |= {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true", "FSDP_VERSION": "2"}
+    found |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}
+    for name, value in found.items():
+        monkeypatch.setenv(name, value)
+    got = run_main(monkeypatch, lite_ppo, *SMALL, "--steps", 4, "--out", tmp_path / "run")
+    assert [without_times(row) for row in got] == [without_times(row) for row in read_metrics(finished)]
+
+
+def test_why_all_rewards_are_equal_is_said_once(tmp_path, monkeypatch, capsys):
+    run_main(monkeypatch, lite_ppo, *SMALL, "--max_response_len", 2, "--out", tmp_path / "run")
+    told = [line for line in capsys.readouterr().out.splitlines() if "of this rollout earn" in line]
+    assert len(told) == 1 and "16 have no box, 16 are truncated, 0 could not be graded" in told[0]
+
+
 def test_a_line_cut_short_is_forgotten(finished, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
