@@ -13,6 +13,9 @@ one after the other.
 """
 
 import math
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads leave their cores
 
 import torch
 

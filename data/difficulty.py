@@ -10,12 +10,14 @@ Beside each NAME.jsonl it leaves NAME.difficulty.jsonl, a row {"id", "samples", 
 "grader_errors"} a problem, and beside the first difficulty.png. With --keep a set that is counted already is not sampled again.
 """
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 from tqdm import tqdm
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads leave their cores
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common  # noqa: E402
 import rewards  # noqa: E402

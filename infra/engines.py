@@ -6,18 +6,21 @@ import hashlib
 import importlib.util
 import math
 import os
+import sys
 import time
 from collections import namedtuple
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from infra.policy import base_of, plain_attention, weights
 from infra.processes import all_gather, compute_dtype, device, fail, interleave, join_group, rank, use_tf32, world
 
 MAX_SEQS = 128  # responses that vLLM samples at a time
 HF_ROWS = 256  # sequences the hf engine samples at a time
+BAR_DELAY = 5  # seconds that a sampling may take without a bar
 HF_CROWD = 0.8  # it drops the finished ones whenever fewer than this share is still going
 Sampling = namedtuple("Sampling", "temperature top_p top_k max_response_len")  # top_k 0: of all tokens
 
@@ -87,6 +90,12 @@ class Engine:
     wake = sleep = close = lambda self: None  # for an engine that never sleeps
 
 
+def progress(items=None, **how):
+    """-> a bar of responses done, for samplings that take long; the log's lines are written above it"""
+    rarely = 1 if sys.stderr.isatty() else 60  # seconds
+    return tqdm(items, **{"unit": "response", "leave": False, "delay": BAR_DELAY, "mininterval": rarely} | how)
+
+
 class VllmEngine(Engine):
     """vLLM in this process, one engine a GPU. Asleep it holds neither weights nor cache (on a CPU it never sleeps)."""
 
@@ -146,7 +155,8 @@ class VllmEngine(Engine):
         settings = dict(temperature=how.temperature, top_p=how.top_p, top_k=how.top_k, max_tokens=how.max_response_len)
         settings |= dict(stop_token_ids=self.stop, logprobs=0, flat_logprobs=True, detokenize=False)
         params = [SamplingParams(seed=seed, **settings) for seed in seeds]
-        outs = self.llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+        bar = progress if rank() == 0 else False
+        outs = self.llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=bar)
         outs = [out.outputs[0] for out in outs]
         return [(torch.tensor(out.token_ids), torch.tensor(out.logprobs.logprobs)) for out in outs]
 
@@ -194,12 +204,14 @@ class HfEngine(Engine):
 
     def sample(self, prompts, seeds, how):
         parts = [slice(i, i + HF_ROWS) for i in range(0, len(prompts), HF_ROWS)]
-        return [row for part in parts for row in self.sample_rows(prompts[part], seeds[part], how)]
+        with progress(total=len(prompts), disable=rank() > 0) as bar:
+            return [row for part in parts for row in self.sample_rows(prompts[part], seeds[part], how, bar)]
 
     @torch.no_grad()
-    def sample_rows(self, prompts, seeds, how):
+    def sample_rows(self, prompts, seeds, how, bar):
         from transformers import DynamicCache
 
+        before, since = bar.n, time.perf_counter()
         rows, width = torch.arange(len(prompts)), max(map(len, prompts))
         noise = [torch.rand(how.max_response_len, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         noise, cache = torch.stack(noise), DynamicCache(config=self.lm.config)
@@ -218,6 +230,9 @@ class HfEngine(Engine):
             ended = rows[torch.isin(tokens[rows, t], torch.tensor(self.stop))]
             lengths[ended] = lengths[ended].clamp(max=t + 1)
             going = lengths[rows] > t + 1  # (B,)
+            speed = int(lengths.clamp(max=t + 1).sum()) / (time.perf_counter() - since)
+            bar.set_postfix_str(f"{speed:.0f} tokens/s", refresh=False)
+            bar.update(before + int((lengths <= t + 1).sum()) - bar.n)
             if not going.any():
                 break
             ids, mask = token[:, None], F.pad(mask, (0, 1), value=1)

@@ -3,6 +3,8 @@
 `pytest -m vllm` runs it on the real vLLM, `pytest` on the transformers engine.
 """
 
+import functools
+
 import pytest
 import torch
 from conftest import BASE, engine_args, load_policy
@@ -107,6 +109,16 @@ def test_more_prompt_tokens_than_one_pass_takes(engine):
     assert 8192 < sum(len(p["prompt_ids"]) for p in problems)
     batch = generate(engine, policy, n=1, problems=problems, sampling=engines.Sampling(1.0, 1.0, 0, 20))
     assert len(batch) == 30 and gap(policy, batch).abs().max() < 1e-4
+
+
+def test_a_bar_of_what_takes_long(engine, monkeypatch, capsys):
+    monkeypatch.setattr(engines, "progress", functools.partial(engines.progress, delay=0, mininterval=0))
+    generate(engine, load_policy(), n=2)
+    said = capsys.readouterr().err
+    assert "8/8" in said and "toks/s" in said.replace("tokens/s", "toks/s")
+    monkeypatch.setattr(engines, "rank", lambda: 1)
+    generate_alone = engine.sample([[5, 6, 7]], [1], engines.Sampling(1.0, 1.0, 0, 8))
+    assert len(generate_alone) == 1 and "1/1" not in capsys.readouterr().err
 
 
 def test_temperature(engine):

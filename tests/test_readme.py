@@ -302,6 +302,15 @@ def log_index():
 # --------------------------------------------------------------------------------------------------------------- pages
 
 
+def models():
+    """From the tests that try each of them"""
+    from test_models import REFUSED, TRAINED, VLLM
+
+    kinds = lambda rows: ", ".join(dict.fromkeys(f"{name} (`{kind}`)" for name, (kind, *_) in rows.items()))
+    lines = ["| | |", "|---|---|", f"| trained | {kinds(TRAINED)} |", f"| refused | {kinds(REFUSED)} |"]
+    return [*lines, f"| sampled by vLLM too, in the gate | {'; '.join(VLLM)} |"]
+
+
 def study():
     import study
 
@@ -319,7 +328,7 @@ PAGES = {
         "figures": lambda: study().figures_markdown(),
         "metrics": metrics,
     },
-    "data/README.md": {"data": data},
+    "data/README.md": {"data": data, "models": models},
     "tests/README.md": {"plan": node_plan, "constants": constants, "agreement": agreement, "museum": museum},
     "LOG.md": {"index": log_index},
 }

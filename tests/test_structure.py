@@ -175,3 +175,11 @@ def test_the_requirements_agree():
     node, laptop = ((ROOT / f"requirements{x}.txt").read_text().splitlines() for x in ("", "-cpu"))
     pins = [{line for line in lines if "==" in line} for lines in (node, laptop)]
     assert {line.split("==")[0] for line in pins[0] - pins[1]} == {"vllm"} and not pins[1] - pins[0]
+
+
+@pytest.mark.parametrize("name", [*(f"{script}.py" for script in SCRIPTS), "data/difficulty.py"])
+def test_idle_threads_leave_their_cores(name):
+    """OpenMP reads it when torch is loaded; tests/bench_cores.py measures what it does."""
+    text = source(name)
+    first = re.search(r"^import (torch|common)", text, re.M).start()
+    assert 0 < text.index('os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")') < first
