@@ -1,5 +1,7 @@
 """Problems and prompts: what stands in a data file, and what a model is asked."""
 
+import hashlib
+import json
 import math
 import random
 import re
@@ -163,6 +165,10 @@ class Problems:
 
     def __init__(self, rows, seed):
         self.rows, self.seed, self.cursor = rows, seed, 0
+        told = [[row.get(key) for key in ("id", "prompt_ids", "answer")] for row in rows]
+        self.digest = hashlib.sha256(
+            json.dumps(told).encode()
+        ).hexdigest()  # a run goes on with the same problems alone
 
     def take(self, n):
         """-> the next n problems, all different: what is left of an epoch is not used when it is fewer."""

@@ -42,8 +42,8 @@ def refused(what):
     """Turns what a library stumbles over, at the start of a run, into one line with the place, and status 2."""
     try:
         yield
-    except Exception as error:
-        if "out of memory" in str(error):  # `explain` knows what to do
+    except BaseException as error:  # torch's CheckpointException is no Exception
+        if isinstance(error, SystemExit | KeyboardInterrupt) or "out of memory" in str(error):  # the latter: `explain`
             raise
         place = traceback.extract_tb(error.__traceback__)[-1]
         says = next((line.strip() for line in str(error).splitlines() if line.strip()), "")

@@ -21,7 +21,7 @@ from tqdm import tqdm
 import rewards
 from infra import plan
 from infra.policy import unsharded, weights
-from infra.processes import ROOT, all_gather, compute_dtype, distributed_map, rank, world
+from infra.processes import ROOT, all_gather, compute_dtype, distributed_map, fail, rank, refused, world
 
 PROBABILITIES = 0, 0.3, 0.6, 0.85, 0.95, 0.99  # where a bin of the sampled tokens' begins; arXiv 2508.08221, figure 9
 STALE = {torch.float32: 1e-3, torch.bfloat16: 0.05}  # nats, see `freeze_old_logp`; healthy: 1e-7 and about 0.01
@@ -244,8 +244,7 @@ def open_run(args):
     if args.resume:
         (folder / "result.json").unlink(missing_ok=True)
         return write_whole(folder / "args.json", json.dumps(settings, indent=1))
-    aside = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(aside, ignore_errors=True)
+    aside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     code = [f"{args.script}.py", "common.py", "rewards.py", "data/problems.py", "data/evaluation.py", "infra/*.py"]
     for file in (file for pattern in code for file in ROOT.glob(pattern)):
         target = aside / "source" / file.relative_to(ROOT)
@@ -253,7 +252,11 @@ def open_run(args):
         shutil.copy(file, target)
     for name, what in (("args", settings), ("versions", versions())):
         (aside / f"{name}.json").write_text(json.dumps(what, indent=1))
-    aside.rename(folder)
+    try:
+        aside.rename(folder)
+    except OSError:
+        shutil.rmtree(aside)
+        fail(f"--out {folder}: another run has made it in the meantime; give another")
 
 
 def versions():
@@ -309,7 +312,7 @@ def save(log, engine, model, optimizer, problems, step):
     save_model(log.args, model, aside)
     if rank() == 0:
         engine.tokenizer.save_pretrained(aside)
-        (aside / "state" / "cursor.json").write_text(json.dumps(problems.cursor))
+        (aside / "state" / "cursor.json").write_text(json.dumps({"cursor": problems.cursor, "data": problems.digest}))
         aside.rename(folder)
         for old in checkpoints(log.folder)[: -log.args.save_total_limit]:
             shutil.rmtree(old)
@@ -347,10 +350,14 @@ def restore(args, model, optimizer, problems):
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
         state = trained_state(model, optimizer)
-        dcp.load(state, checkpoint_id=folder / "state", no_dist=world() == 1)
+        with refused(f"--resume {args.out}: {folder} cannot be read; remove it to go on from the checkpoint before"):
+            dcp.load(state, checkpoint_id=folder / "state", no_dist=world() == 1)
+            found = json.loads((folder / "state" / "cursor.json").read_text())
+        if found["data"] != problems.digest:
+            fail(f"--resume {args.out}: --data {args.data} has other problems than when the run began; put those back")
         how = dict(model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         set_state_dict(model, optimizer, **how, options=StateDictOptions(strict=False))  # frozen ones are not in it
-        problems.cursor = json.loads((folder / "state" / "cursor.json").read_text())
+        problems.cursor = found["cursor"]
     return step
 
 

@@ -250,6 +250,50 @@ def test_what_accelerate_config_wrote_changes_nothing(finished, tmp_path, monkey
     assert [without_times(row) for row in got] == [without_times(row) for row in read_metrics(finished)]
 
 
+def begun(tmp_path, finished):
+    """A copy of the finished run that nobody finished"""
+    folder = shutil.copytree(finished, tmp_path / "run")
+    (folder / "result.json").unlink()
+    return folder
+
+
+def refused_resume(monkeypatch, capsys, folder):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        run_main(monkeypatch, lite_ppo, "--resume", folder, "--steps", 6)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lite_ppo.py: ")]
+    assert stopped.value.code == 2 and len(lines) == 1
+    return lines[0]
+
+
+@pytest.mark.parametrize("part", ["__0_0.distcp", ".metadata", "cursor.json"])
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:50])])
+def test_a_damaged_checkpoint(part, damage, finished, tmp_path, monkeypatch, capsys):
+    folder = begun(tmp_path, finished)
+    last = runs.last_checkpoint(folder)[1]
+    damage(last / "state" / part)
+    line = refused_resume(monkeypatch, capsys, folder)
+    assert str(last) in line and "remove it to go on from the checkpoint before" in line
+
+
+def test_other_problems_than_when_the_run_began(tmp_path, monkeypatch, capsys):
+    rows = (ROOT / "data" / "tiny" / "easy.jsonl").read_text().splitlines()
+    (tmp_path / "own.jsonl").write_text("\n".join(rows[:50]))
+    folder, own = tmp_path / "run", ["--data", tmp_path / "own.jsonl"]
+    run_main(monkeypatch, lite_ppo, *SMALL, "--steps", 1, *own, "--out", folder)
+    (tmp_path / "own.jsonl").write_text("\n".join(rows[1:51]))
+    assert "other problems than when the run began" in refused_resume(monkeypatch, capsys, folder)
+
+
+def test_two_runs_into_one_folder(tmp_path, monkeypatch, capsys):
+    args = lite_ppo.parse_args([*SMALL, "--out", str(tmp_path / "run")])
+    runs.open_run(args)
+    with pytest.raises(SystemExit) as stopped:
+        runs.open_run(args)
+    assert stopped.value.code == 2 and "another run has made it" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
 def test_why_all_rewards_are_equal_is_said_once(tmp_path, monkeypatch, capsys):
     run_main(monkeypatch, lite_ppo, *SMALL, "--max_response_len", 2, "--out", tmp_path / "run")
     told = [line for line in capsys.readouterr().out.splitlines() if "of this rollout earn" in line]
