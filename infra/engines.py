@@ -48,8 +48,9 @@ def stop_ids(model, tokenizer):
     with contextlib.suppress(OSError):  # no generation_config.json
         eos = GenerationConfig.from_pretrained(model).eos_token_id
         ids |= set(eos if isinstance(eos, list) else [eos])
-    eos = getattr(AutoConfig.from_pretrained(model).get_text_config(), "eos_token_id", None)
-    ids |= set(eos if isinstance(eos, list) else [eos])
+    with contextlib.suppress(OSError, ValueError):
+        eos = getattr(AutoConfig.from_pretrained(model).get_text_config(), "eos_token_id", None)
+        ids |= set(eos if isinstance(eos, list) else [eos])
     if ids == {None}:
         fail(f"--model {model}: neither its tokenizer nor its configuration has an EOS; a response would never end")
     return sorted(ids - {None})

@@ -325,7 +325,7 @@ FOLDERS = {  # what is wrong with it, and what the line says
     "a pointer": (pointer, "cannot be loaded: Safetensor"),
     "generation settings": (edit("generation_config.json", temperature=0.6, do_sample=False), "cannot be saved"),
     "no EOS": (no_eos, "would never end"),
-    "no tokenizer": (no_tokenizer, "its tokenizer does not know"),
+    "no tokenizer": (no_tokenizer, "its tokenizer has no vocabulary"),
     "a small embedding": (edit("config.json", vocab_size=20), "more tokens than its embedding, 20"),
     "AWQ": (edit("config.json", quantization_config={"quant_method": "awq", "bits": 4}), "quantised (awq)"),
     "FP8": (edit("config.json", quantization_config={"quant_method": "fp8"}), "quantised (fp8)"),
