@@ -56,7 +56,7 @@ def start(args):
     with refused(f"--model {args.model}: its tokenizer cannot be loaded"):
         tokenizer = load_tokenizer(args)
     problems, eval_problems = load_data(args, *files, tokenizer)
-    if any(max(row["prompt_ids"]) >= shape.words for row in problems.rows + eval_problems):
+    if any(max(row["prompt_ids"], default=0) >= shape.words for row in problems.rows + eval_problems):
         fail(
             f"--model {args.model}: its tokenizer has more tokens than its embedding, {shape.words}, and prompts use them"
         )

@@ -21,7 +21,8 @@ def find(path):
 def base_of(model):
     """-> where a model's weights are: of an adapter in a LoRA checkpoint, its base model; a name on the hub as it is"""
     adapter = find(model) / ADAPTER
-    return json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else str(find(model))
+    base = find(json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else model)
+    return str(base.resolve() if base.is_dir() else base)  # an adapter keeps it, to be found from any folder
 
 
 def load_lm(args, dtype=torch.float32):
@@ -112,16 +113,18 @@ class Policy(torch.nn.Module):
         alone: by the model's own code, its sequences one at a time and without our head; for the self-test"""
         if self.replicas:
             self.set_requires_gradient_sync(pack.last)
+        head = self.lm.get_output_embeddings()
+        dtype, after = self.head_dtype or head.weight.dtype, (self.scale / temperature, self.cap / temperature)
         if alone:
-            parts = zip(pack.starts[:-1], pack.starts[1:])
+            exact = lambda _, x, z: F.linear(x[0].to(dtype), *cast(head.weight, head.bias, dtype))  # as ours is
+            hook, parts = head.register_forward_hook(exact), zip(pack.starts[:-1], pack.starts[1:])
             logits = [self.lm(input_ids=pack.ids[None, a:b], use_cache=False).logits[0] for a, b in parts]
+            hook.remove()
             log_p = (torch.cat(logits)[pack.select].float() / temperature).log_softmax(-1)
             return log_p.gather(1, pack.labels[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
         packing = dict(cu_seq_lens_q=pack.starts, cu_seq_lens_k=pack.starts, position_ids=pack.positions[None])
         packing |= dict(max_length_q=pack.longest, max_length_k=pack.longest)
         h = self.lm.get_decoder()(input_ids=pack.ids[None], use_cache=False, **packing).last_hidden_state
-        head = self.lm.get_output_embeddings()
-        dtype, after = self.head_dtype or head.weight.dtype, (self.scale / temperature, self.cap / temperature)
         return LogprobEntropy.apply(h[0, pack.select], head.weight, head.bias, pack.labels, after, dtype)
 
 

@@ -32,12 +32,11 @@ class Log:
 
     def __init__(self, args, first_step, eval_problems, shape, tokenizer):
         self.args, self.folder, self.shape, self.tokenizer = args, Path(args.out), shape, tokenizer
-        self.first_step, self.eval_problems = first_step, eval_problems
+        self.first_step, self.eval_problems, self.told = first_step, eval_problems, False
         for name in ("metrics", "samples", "clipped", "tokens") if rank() == 0 else ():
             path = self.folder / f"{name}.jsonl"  # later steps are done again; a line truncated by a crash goes too
             rows = read_jsonl(path, damaged=lambda number: None) if path.exists() else []
             write_whole(path, jsonl(row for _, row in rows if row["step"] < first_step))
-        self.told = False  # why all rewards of a rollout are equal
         self.bar = tqdm(total=args.steps, initial=first_step, desc=self.folder.name, unit="step", disable=rank() > 0)
         self.clear()
 

@@ -17,7 +17,7 @@ def self_test(args, model, prompts):
     passes of the same weights differ, or a weight that is trained has no gradient. prompts: lists of ids, as text"""
     kind = f"--model {args.model}: {model.lm.config.model_type} cannot be trained here"
     longest = longest_window(model.lm.config, args.max_prompt_len + args.max_response_len)
-    pack = make_pack(prompts, [longest, SHORT, longest - 7])
+    pack = make_pack(prompts, [longest, SHORT, max(SHORT, longest - 7)])
     short = make_pack(prompts, [3 * SHORT, SHORT])
     with refused(kind):
         with torch.no_grad():
@@ -52,7 +52,7 @@ def longest_window(config, limit):
     for values in [rope, *(values for values in rope.values() if isinstance(values, dict))]:
         found += [values.get("original_max_position_embeddings")]
     lengths = [n for n in (*found, getattr(text, "original_max_position_embeddings", None)) if isinstance(n, int)]
-    return min(limit, max([n for n in lengths if n < limit], default=0) + PAST)
+    return max(SHORT, min(limit, max([n for n in lengths if n < limit], default=0) + PAST))
 
 
 def make_pack(prompts, lengths):

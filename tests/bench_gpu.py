@@ -1,7 +1,7 @@
 """What one GPU does in a second, as JSON: `python tests/bench_gpu.py`, ten minutes on an H100. Not collected by pytest.
 
-A Qwen3 of 0.6 billion parameters (--size 4B: of 4) is made from its configuration with random weights; it never ends a response, so
-that all are as long as their limit. Times are medians, in seconds; memory is in GiB.
+A Qwen3 of 0.6 billion parameters (--size 4B: of 4) is made from its configuration with random weights; it ends a response once in
+152,000 tokens, so that nearly all are as long as their limit. Times are medians, in seconds; memory is in GiB.
 --size tiny does the same with the laptop's model on whatever machine there is, to see that the bench runs.
 """
 

@@ -82,6 +82,18 @@ def meta_policy(config, monkeypatch):
     return policy_module.Policy(lm)
 
 
+def test_the_experts_that_a_token_meets():
+    """Qwen3-30B-A3B: its authors count 30.5 billion parameters, 3.3 of them active."""
+    from transformers import Qwen3MoeConfig
+
+    sizes = dict(hidden_size=2048, num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=4, head_dim=128)
+    experts = dict(num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768)
+    s = plan.Shape(Qwen3MoeConfig(vocab_size=151936, max_position_embeddings=40960, **sizes, **experts))
+    assert s.params == pytest.approx(30.5e9, rel=0.01)
+    assert s.computed + s.head == pytest.approx(3.3e9, rel=0.02)  # with the embedding, which is looked up
+    assert s.flops([1]) == pytest.approx(6 * s.computed, rel=0.01)
+
+
 @pytest.mark.parametrize("size, tokens", [("4B", 32768), ("4B", 16384), ("8B", 32768), ("0.6B", 8192)])
 def test_the_plans_activations_are_those_of_a_pass(size, tokens, monkeypatch):
     """Forward and backward of one pack, tensor by tensor, within 15 %; weights and their gradients aside."""

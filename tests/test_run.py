@@ -294,6 +294,15 @@ def test_two_runs_into_one_folder(tmp_path, monkeypatch, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+def test_an_adapters_base_is_found_from_any_folder(tmp_path, monkeypatch):
+    shutil.copytree(BASE, tmp_path / "here" / "base")
+    monkeypatch.chdir(tmp_path / "here")
+    run_main(monkeypatch, lite_ppo, *SMALL, "--steps", 1, "--lora_rank", 4, "--model", "base", "--out", "run")
+    checkpoint = runs.last_checkpoint(tmp_path / "here" / "run")[1]
+    monkeypatch.chdir(tmp_path)
+    assert policy_module.base_of(checkpoint) == str(tmp_path / "here" / "base")
+
+
 def test_why_all_rewards_are_equal_is_said_once(tmp_path, monkeypatch, capsys):
     run_main(monkeypatch, lite_ppo, *SMALL, "--max_response_len", 2, "--out", tmp_path / "run")
     told = [line for line in capsys.readouterr().out.splitlines() if "of this rollout earn" in line]
