@@ -116,9 +116,13 @@ def test_a_bar_of_what_takes_long(engine, monkeypatch, capsys):
     generate(engine, load_policy(), n=2)
     said = capsys.readouterr().err
     assert "8/8" in said and "toks/s" in said.replace("tokens/s", "toks/s")
+    engine.wake()
+    engine.load(load_policy())
+    capsys.readouterr()
     monkeypatch.setattr(engines, "rank", lambda: 1)
-    generate_alone = engine.sample([[5, 6, 7]], [1], engines.Sampling(1.0, 1.0, 0, 8))
-    assert len(generate_alone) == 1 and "1/1" not in capsys.readouterr().err
+    assert len(engine.sample([[5, 6, 7]], [1], engines.Sampling(1.0, 1.0, 0, 8))) == 1
+    engine.sleep()
+    assert "1/1" not in capsys.readouterr().err
 
 
 def test_temperature(engine):
