@@ -149,9 +149,7 @@ def parse_args(argv=None):
     p.add_argument("--max_resample", type=common.COUNT, help="Rounds of sampling after the first, at most.")
     p.add_argument("--wrong_reward", type=int, choices=[0, -1], help="The reward of a wrong response; right is 1.")
     args = common.parse_args(p, argv)
-    alike = torch.tensor([[1.0, 1.0], [0.0, 0.0]])[
-        : args.prompts_per_step
-    ]  # groups as alike in themselves as one of one
+    alike = torch.tensor([[1.0, 1.0], [0.0, 0.0]])[: args.prompts_per_step]  # in each group, as in one of one
     if args.group_size == 1 and not advantages(alike, args.norm).any():
         common.fail(f"--group_size 1: has no advantage under --norm {args.norm}; give 2 or more")
     if args.group_size == 1 and args.dynamic_sampling == "on":

@@ -138,9 +138,7 @@ def parse_args(argv=None):
     p.add_argument("--kl_estimator", choices=KLS, help="How the KL is estimated from the sampled tokens.")
     p.add_argument("--wrong_reward", type=int, choices=[0, -1], help="The reward of a wrong response; right is 1.")
     args = common.parse_args(p, argv, reference=lambda args: args.kl_coef > 0)
-    alike = torch.tensor([[1.0, 1.0], [0.0, 0.0]])[
-        : args.prompts_per_step
-    ]  # groups as alike in themselves as one of one
+    alike = torch.tensor([[1.0, 1.0], [0.0, 0.0]])[: args.prompts_per_step]  # in each group, as in one of one
     if args.group_size == 1 and not advantages(alike, args.norm).any():
         common.fail(f"--group_size 1: has no advantage under --norm {args.norm}; give 2 or more")
     if args.minibatches == 1 and common.rank() == 0:

@@ -310,9 +310,7 @@ class GradePool:
                 limit = START_SECONDS if worker in self.starting else self.seconds
                 busy[worker] = pair, time.monotonic() + limit
             wait = max(0, min(end for _, end in busy.values()) - time.monotonic())
-            with (
-                selectors.DefaultSelector() as selector
-            ):  # which knows file descriptors above 1,023, as select does not
+            with selectors.DefaultSelector() as selector:  # select.select fails at a file descriptor above 1,023
                 for worker in busy:
                     selector.register(worker.stdout, selectors.EVENT_READ)
                 heard = [key.fileobj for key, _ in selector.select(wait)]

@@ -20,16 +20,20 @@ def render(problem, tokenizer, template="chat", enable_thinking="on"):
 
     A chat template that does not know `enable_thinking` takes no notice of it; one that has no system role gets the
     system message in front of the user's."""
+    from jinja2 import TemplateError
+
     if template == "plain":
         return PLAIN.format(system=SYSTEM, problem=text_of(problem))
     messages = [{"role": "user", "content": problem}] if isinstance(problem, str) else problem
     if messages[0]["role"] != "system":
         messages = [{"role": "system", "content": SYSTEM}, *messages]
-    if not has_system_role(tokenizer):
+    how = dict(add_generation_prompt=True, tokenize=False, enable_thinking=enable_thinking == "on")
+    try:
+        return tokenizer.apply_chat_template(messages, **how)
+    except TemplateError:
         system, user, *rest = messages
         messages = [user | {"content": f"{system['content']}\n\n{user['content']}"}, *rest]
-    switch = {"enable_thinking": enable_thinking == "on"}
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **switch)
+        return tokenizer.apply_chat_template(messages, **how)
 
 
 def has_system_role(tokenizer):
@@ -153,9 +157,7 @@ def load_data(args, files, eval_files, tokenizer):
     if "mean" in names:
         fail(f"--eval_data {args.eval_data}: a set may not be called mean, as the mean over sets is; rename its file")
     eval_rows = [
-        row | {"set": file.stem.removeprefix("eval_")}
-        for file in eval_files
-        for row in load_problems(file, tokenizer, args)
+        row | {"set": name} for name, file in zip(names, eval_files) for row in load_problems(file, tokenizer, args)
     ]
     return Problems(rows, args.seed), eval_rows
 

@@ -44,13 +44,12 @@ def stop_ids(model, tokenizer):
     """-> EOS of the model and of the tokenizer, and the end of a chat turn, which base models leave out"""
     from transformers import AutoConfig, GenerationConfig
 
+    listed = lambda eos: eos if isinstance(eos, list) else [eos]
     ids = {tokenizer.eos_token_id, tokenizer.get_vocab().get("<|im_end|>")}
     with contextlib.suppress(OSError):  # no generation_config.json
-        eos = GenerationConfig.from_pretrained(model).eos_token_id
-        ids |= set(eos if isinstance(eos, list) else [eos])
+        ids.update(listed(GenerationConfig.from_pretrained(model).eos_token_id))
     with contextlib.suppress(OSError, ValueError):
-        eos = getattr(AutoConfig.from_pretrained(model).get_text_config(), "eos_token_id", None)
-        ids |= set(eos if isinstance(eos, list) else [eos])
+        ids.update(listed(getattr(AutoConfig.from_pretrained(model).get_text_config(), "eos_token_id", None)))
     if ids == {None}:
         fail(f"--model {model}: neither its tokenizer nor its configuration has an EOS; a response would never end")
     return sorted(ids - {None})

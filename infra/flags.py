@@ -147,10 +147,10 @@ def parse_args(p, argv=None, reference=lambda args: False):
             if given[name] != stored.get(name):
                 fail(f"--{name} {given[name]}: the run to --resume has {stored.get(name)}; leave the flag out")
     given = {"script": p.script, "out": None, "resume": None, "plan": None} | stored | given
-    if "scale" not in given and GPU.exists() and torch.version.cuda and not torch.cuda.is_available():
-        if os.environ.get("CUDA_VISIBLE_DEVICES") != "":
-            why = f"torch, made for CUDA {torch.version.cuda}, sees no GPU although one is here: is its driver too old?"
-            fail(f"--scale: {why} Update it, or give --scale laptop")
+    fine = torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES") == ""  # seen, or on purpose not
+    if "scale" not in given and GPU.exists() and torch.version.cuda and not fine:
+        why = f"torch, made for CUDA {torch.version.cuda}, sees no GPU although one is here: is its driver too old?"
+        fail(f"--scale: {why} Update it, or give --scale laptop")
     args = settings(p.table, given)
     args.reference = reference(args)
     args.out = args.out or str(Path("runs") / run_name(args, p.table))

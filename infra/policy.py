@@ -229,18 +229,18 @@ def shard(model, args):
 def weights(model):
     """Yields every parameter by its Hugging Face name, unsharded, as the engine computes, with what an adapter adds, and
     every buffer that a checkpoint holds, as it is. All processes must go through all of them."""
-    lm = model.lm
+    lm, plain = model.lm, lambda name: name.removeprefix("base_model.model.").replace(".base_layer.", ".")
     kept = lm.state_dict().keys()
     for name, buffer in lm.named_buffers():
         if name in kept:
-            yield name.removeprefix("base_model.model.").replace(".base_layer.", "."), buffer
+            yield plain(name), buffer
     for name, p in lm.named_parameters():
         if ".lora_" in name:
             continue
         if name.endswith(".base_layer.weight"):
             p = p + lm.get_submodule(name.removesuffix(".base_layer.weight")).get_delta_weight("default")
         p = p.to(compute_dtype())  # the shard, before it is gathered: half the bytes
-        yield name.removeprefix("base_model.model.").replace(".base_layer.", "."), unsharded(p)
+        yield plain(name), unsharded(p)
 
 
 def unsharded(p):

@@ -91,7 +91,7 @@ class Log:
         self.mean("reward/std", reward.std())  # standard deviation of the same rewards
         self.mean("reward/solved_all", solved.all(1))  # share of the sampled groups that are all right
         self.mean("reward/solved_none", ~solved.any(1))  # share of the sampled groups that are all wrong
-        no_answer = [rewards.extract_answer(r.text) is None for r in batch]
+        no_answer = distributed_map(lambda some: [rewards.extract_answer(r.text) is None for r in some], batch)
         self.mean("reward/no_answer", no_answer)  # share of the sampled responses without a box
         if reward.min() == reward.max() and not self.told:
             self.told, errors = True, sum(bool(g.error) for g in grades)

@@ -32,13 +32,12 @@ def self_test(args, model, prompts):
             model.lm.set_attn_implementation(plain_attention(model.lm))
             alone, _ = model(pack, args.temperature, alone=True)
             model.lm.set_attn_implementation(ours)
-    for what, gap in (
-        ("two passes of the same weights differ", (first - second).abs().mean()),
-        (
-            "log-probabilities of packed sequences differ from the model's own of one alone",
-            (packed - alone).abs().mean(),
-        ),
-    ):
+    gaps = {
+        "two passes of the same weights differ": first - second,
+        "log-probabilities of packed sequences differ from the model's own of one alone": packed - alone,
+    }
+    for what, gap in gaps.items():
+        gap = float(gap.abs().mean())
         if not gap <= NATS[compute_dtype()]:  # nor are they equal when they are no numbers
             fail(f"{kind}: {what}, by {gap:.2g} nats in the mean; give another model")
     if untrained:

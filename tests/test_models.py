@@ -1,4 +1,4 @@
-"""Every kind of model is trained right, or refused in one line before a run begins. tests/README.md shows the table.
+"""Every kind of model is trained right, or refused in one line before a run begins. data/README.md shows the table.
 
 Models are tiny and random, of transformers' own configurations, with windows that sequences of 40 tokens pass."""
 
