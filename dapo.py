@@ -22,7 +22,7 @@ find P with groups to keep. T tokens of one pack of responses, one after the oth
 import math
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads leave their cores
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: idle threads soon leave their cores
 
 import torch
 

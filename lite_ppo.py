@@ -13,7 +13,7 @@ P prompts, G responses to each, N = P G responses in a batch; T tokens of one pa
 import math
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads leave their cores
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: idle threads soon leave their cores
 
 import torch
 

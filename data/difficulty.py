@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads leave their cores
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: idle threads soon leave their cores
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common  # noqa: E402
 import rewards  # noqa: E402

@@ -3,7 +3,7 @@
     python tests/bench_cores.py [STEPS]
 
 Two runs at once should take at most 2.5 times as long each as one alone, one beside a busy core at most 2 times, and one
-alone not more than 5 % longer than with threads that spin while they wait (OMP_WAIT_POLICY=ACTIVE)."""
+alone not more than 5 % longer than with threads that spin for as long as OpenMP lets them by itself."""
 
 import json
 import os
@@ -15,6 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 ROUNDS = 3
+USUAL = "300000"  # of GNU's OpenMP, which torch brings along
 
 
 def start(folder, steps, **environment):
@@ -51,7 +52,7 @@ def main():
         alone = measure(steps)
         ratios["two at once"].append(measure(steps, 2) / alone)
         ratios["beside a busy core"].append(measure(steps, busy=True) / alone)
-        ratios["alone, against spinning threads"].append(alone / measure(steps, OMP_WAIT_POLICY="ACTIVE"))
+        ratios["alone, against spinning threads"].append(alone / measure(steps, GOMP_SPINCOUNT=USUAL))
     for name, values in ratios.items():
         each = ", ".join(f"{value:.2f}" for value in values)
         print(f"{name:32s} {statistics.median(values):.2f} times as long ({each})")

@@ -183,4 +183,4 @@ def test_idle_threads_leave_their_cores(name):
     """OpenMP reads it when torch is loaded; tests/bench_cores.py measures what it does."""
     text = source(name)
     first = re.search(r"^import (torch|common)", text, re.M).start()
-    assert 0 < text.index('os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")') < first
+    assert 0 < text.index('os.environ.setdefault("GOMP_SPINCOUNT", "1000")') < first
