@@ -25,24 +25,14 @@ import torch
 
 from data.evaluation import evaluate, summarize
 from data.problems import data_files, load_data, load_tokenizer
-from infra import plan
+from infra import plan, processes
 from infra.engines import HfEngine, VllmEngine, uses_vllm
 from infra.flags import COUNT, Parser, number, parse_args
 from infra.packs import minibatches, per_response
 from infra.policy import load_policy, load_reference, make_optimizer
-from infra.processes import (
-    ROOT,
-    TIMEOUT,
-    distributed_map,
-    fail,
-    rank,
-    refused,
-    use_cores,
-    without_accelerate_config,
-    world,
-)
+from infra.processes import ROOT, distributed_map, fail, rank, refused, world
 from infra.runs import Log, check_finite, explain, freeze_old_logp, open_run, restore, save
-from infra.selftest import self_test
+from infra.selftest import check_bos, self_test
 
 GLOO_REST = 0.5  # seconds for gloo's thread to drop the last barrier; see `finish`
 
@@ -68,10 +58,13 @@ def start(args):
     with refused(f"--model {args.model}: a checkpoint of it cannot be saved"), tempfile.TemporaryDirectory() as scratch:
         for part in (model.lm.config, model.lm.generation_config, tokenizer) if args.steps and rank() == 0 else ():
             part.save_pretrained(scratch)
+    prompts = [row["prompt_ids"] for row in problems.rows or eval_problems]
     if args.steps:
-        self_test(args, model, [row["prompt_ids"] for row in problems.rows])
+        self_test(args, model, prompts)
+    check_bos(args, model, tokenizer, prompts)
     optimizer = make_optimizer(args, model)
-    engine = make_engine(args, tokenizer, shape)
+    with refused(f"--model {args.model}: the engine cannot load it"):
+        engine = make_engine(args, tokenizer, shape)
     if rank() == 0:
         open_run(args)
     accelerator.wait_for_everyone()
@@ -82,14 +75,14 @@ def start(args):
 
 def join_processes(args, shape, alone=False):
     """-> accelerator. alone: nobody trains beside the engine"""
-    without_accelerate_config()
+    processes.without_accelerate_config()
     import accelerate
 
-    cuda, timeout = torch.cuda.is_available(), accelerate.InitProcessGroupKwargs(timeout=TIMEOUT)
+    cuda, timeout = torch.cuda.is_available(), accelerate.InitProcessGroupKwargs(timeout=processes.TIMEOUT)
     accelerator = accelerate.Accelerator(cpu=not cuda, mixed_precision="no", kwargs_handlers=[timeout])
     if cuda and uses_vllm(args) and (wrong := plan.refusal(args, shape, world(), plan.local_gpus()[1], alone)):
         fail(wrong)
-    use_cores()
+    processes.use_cores()
     accelerate.utils.set_seed(args.seed)
     return accelerator
 

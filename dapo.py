@@ -178,16 +178,19 @@ def main():
             common.evaluate(engine, pool, log, step)
         if step == args.steps:
             break
-        sampled, grades = [], []
+        sampled, correct, lengths = [], [], []
         for attempt in range(1 + args.max_resample):
             key = (step, attempt) if attempt else step  # the first round's seeds are those of the other scripts
             fresh = engine.generate(problems.take(args.prompts_per_step), args.group_size, key)
             log.lap("generate", engine.waited())
-            sampled += fresh
-            grades += common.distributed_map(pool.grade, [(r.text, r.problem["answer"]) for r in fresh])
+            grades = common.distributed_map(pool.grade, [(r.text, r.problem["answer"]) for r in fresh])
+            log.rollout(fresh, grades)
+            correct += [g.correct for g in grades]
+            lengths += [float(len(r.ids)) for r in fresh]
+            solved = torch.tensor(correct).view(-1, args.group_size)  # (P', G)
+            kept = KEEPS[args.dynamic_sampling](solved).nonzero()[: args.prompts_per_step, 0].tolist()  # P, or fewer
+            sampled = [r if i // args.group_size in kept else None for i, r in enumerate(sampled + fresh)]  # (P' G,)
             log.lap("reward")
-            correct = torch.tensor([g.correct for g in grades]).view(-1, args.group_size)  # (P', G)
-            kept = KEEPS[args.dynamic_sampling](correct).nonzero()[: args.prompts_per_step, 0]  # (P,), or fewer
             if len(kept) == args.prompts_per_step:
                 break
         else:
@@ -200,16 +203,16 @@ def main():
         log.lap("generate", engine.waited())
 
         # reward, less what a long response loses
-        lengths = torch.tensor([float(len(r.ids)) for r in sampled], device=accelerator.device)  # (P' G,)
+        lengths = torch.tensor(lengths, device=accelerator.device)  # (P' G,)
         penalty = overlong_penalty(lengths, args.max_response_len, args.overlong_buffer)  # (P' G,)
-        values = [1.0 if g.correct else float(args.wrong_reward) for g in grades]
+        values = [1.0 if right else float(args.wrong_reward) for right in correct]
         rewards = torch.tensor(values, device=accelerator.device) + penalty * (args.overlong == "penalty")
         rewards = rewards.view(-1, args.group_size)  # (P', G)
 
         # advantage: one number a response, shared by all its tokens; from here on only of the groups that are kept
-        adv = advantages(rewards[kept], args.norm).flatten() if len(kept) else rewards.new_zeros(0)  # (N,)
-        log.rollout(sampled, grades, rewards, adv)
-        batch = [sampled[group * args.group_size + i] for group in kept.tolist() for i in range(args.group_size)]
+        adv = advantages(rewards[kept], args.norm).flatten() if kept else rewards.new_zeros(0)  # (N,)
+        log.advantages(rewards, adv)
+        batch = [r for r in sampled if r]
         lengths = lengths.view(-1, args.group_size)[kept].flatten()
         log.lap("reward")
 

@@ -167,12 +167,13 @@ def main():
 
         # reward
         grades = common.distributed_map(pool.grade, [(r.text, r.problem["answer"]) for r in batch])
+        log.rollout(batch, grades)
         values = [1.0 if g.correct else float(args.wrong_reward) for g in grades]
         rewards = torch.tensor(values, device=accelerator.device).view(-1, args.group_size)  # (P, G)
 
         # advantage: one number a response, shared by all its tokens
         adv = advantages(rewards, args.norm).flatten()  # (N,)
-        log.rollout(batch, grades, rewards, adv)
+        log.advantages(rewards, adv)
         log.lap("reward")
 
         # loss weights: one number a response too, from the whole mini-batch, before it is split

@@ -23,8 +23,9 @@ import common  # noqa: E402
 import rewards  # noqa: E402
 from data.problems import data_files, load_problems, load_tokenizer  # noqa: E402
 from infra import flags, plan, policy  # noqa: E402
-from infra.processes import distributed_map, fail, rank  # noqa: E402
+from infra.processes import compute_dtype, device, distributed_map, fail, rank  # noqa: E402
 from infra.runs import jsonl, read_jsonl, write_whole  # noqa: E402
+from infra.selftest import check_bos  # noqa: E402
 
 DEFAULTS = {  # flag: (laptop, node). What the runs start from: the same as in lite_ppo.py
     "model": ("data/tiny/base", "Qwen/Qwen3-4B-Base"),
@@ -65,9 +66,12 @@ def start_engine(args):
     """-> an engine with the weights of --model, where nobody trains"""
     shape, tokenizer = plan.read_shape(args), load_tokenizer(args)
     common.join_processes(args, shape, alone=True)
+    model = policy.Policy(policy.load_lm(args, compute_dtype()).to(device()))
+    check_bos(args, model, tokenizer, [row["prompt_ids"] for row in load_problems(args.files[0], tokenizer, args)])
+    model.cpu()  # the GPU is the engine's
     engine = common.make_engine(args, tokenizer, shape, alone=True)
     engine.wake()
-    engine.load(policy.Policy(policy.load_lm(args)))
+    engine.load(model)
     return engine
 
 

@@ -1,10 +1,14 @@
 """Problems and prompts: what stands in a data file, and what a model is asked."""
 
+import functools
 import hashlib
 import json
 import math
 import random
 import re
+from decimal import Decimal
+
+from jinja2 import TemplateError
 
 from infra.policy import find
 from infra.processes import ROOT, fail, rank
@@ -20,30 +24,26 @@ def render(problem, tokenizer, template="chat", enable_thinking="on"):
 
     A chat template that does not know `enable_thinking` takes no notice of it; one that has no system role gets the
     system message in front of the user's."""
-    from jinja2 import TemplateError
-
     if template == "plain":
         return PLAIN.format(system=SYSTEM, problem=text_of(problem))
     messages = [{"role": "user", "content": problem}] if isinstance(problem, str) else problem
     if messages[0]["role"] != "system":
         messages = [{"role": "system", "content": SYSTEM}, *messages]
-    how = dict(add_generation_prompt=True, tokenize=False, enable_thinking=enable_thinking == "on")
-    try:
-        return tokenizer.apply_chat_template(messages, **how)
-    except TemplateError:
+    if system_role(tokenizer) == "refused":
         system, user, *rest = messages
         messages = [user | {"content": f"{system['content']}\n\n{user['content']}"}, *rest]
-        return tokenizer.apply_chat_template(messages, **how)
+    how = dict(add_generation_prompt=True, tokenize=False, enable_thinking=enable_thinking == "on")
+    return tokenizer.apply_chat_template(messages, **how)
 
 
-def has_system_role(tokenizer):
-    from jinja2 import TemplateError
-
+@functools.cache
+def system_role(tokenizer):
+    """-> what its chat template makes of a system message: "said", "left out" or "refused" """
+    turns = [{"role": role, "content": f"{role}'s"} for role in ("system", "user")]
     try:
-        tokenizer.apply_chat_template([{"role": role, "content": "1"} for role in ("system", "user")], tokenize=False)
+        return "said" if "system's" in tokenizer.apply_chat_template(turns, tokenize=False) else "left out"
     except TemplateError:
-        return False
-    return True
+        return "refused"
 
 
 def text_of(problem):
@@ -74,7 +74,7 @@ def read_answer(value):
         raise ValueError(f'"answer" is a {type(value).__name__}, not a text or a number')
     if not isinstance(value, str) and not math.isfinite(value):
         raise ValueError(f'"answer" is {value}')
-    text = str(value)
+    text = format(Decimal(repr(value)), "f") if isinstance(value, float) else str(value)  # not 1e-05
     text.encode()
     text = text.rsplit("####", 1)[-1].strip()
     text = extract_answer(text) or text
@@ -100,14 +100,15 @@ def load_problems(path, tokenizer, args):
             if not isinstance(row, dict) or None in (row.get("problem"), row.get("answer")):
                 raise ValueError('"problem" or "answer" is missing or empty')
             asked = read_problem(row["problem"])
-            row |= {"id": str(row.get("id", f"{path.stem}-{i}")), "answer": read_answer(row["answer"])}
-        except ValueError as error:
+            row["id"] = f"{path.stem}-{i}" if row.get("id") is None else str(row["id"])
+            row["answer"] = read_answer(row["answer"])
+            text, row["problem"] = render(asked, tokenizer, args.template, args.enable_thinking), text_of(asked)
+        except (ValueError, TemplateError) as error:  # the latter: of messages that the template refuses
             wrong.append(f"line {i}: {error}")
             continue
         if row["id"] in ids:  # they would be sampled with the same seeds
             fail(f'{path}, line {i}: a second "id" {row["id"]}; give each problem its own, or none')
         ids.add(row["id"])
-        text, row["problem"] = render(asked, tokenizer, args.template, args.enable_thinking), text_of(asked)
         plain = args.template == "plain"  # a chat template has its own special tokens
         row["prompt_ids"] = tokenizer.encode(text, add_special_tokens=plain)
         length, limit = len(row["prompt_ids"]), args.max_prompt_len
@@ -129,8 +130,11 @@ def load_tokenizer(args):
         fail(f"--template chat: {args.model} has no chat template; give --template plain")
     if args.enable_thinking == "off" and "enable_thinking" not in str(tokenizer.chat_template):
         fail(f"--enable_thinking off: the chat template of {args.model} has no such switch; leave it out")
-    if args.template == "chat" and not has_system_role(tokenizer) and rank() == 0:
-        print(f"{args.model}: its chat template has no system role; that message stands in front of the user's")
+    if "12345" not in render("12345", tokenizer, args.template):  # it may fail at all; `refused` says so
+        fail(f"--model {args.model}: its chat template leaves out what the user says")
+    if args.template == "chat" and system_role(tokenizer) != "said" and rank() == 0:
+        where = {"left out": "is left out", "refused": "stands in front of the user's"}[system_role(tokenizer)]
+        print(f"{args.model}: its chat template has no system role; that message {where}")
     return tokenizer
 
 
@@ -159,15 +163,15 @@ def load_data(args, files, eval_files, tokenizer):
     eval_rows = [
         row | {"set": name} for name, file in zip(names, eval_files) for row in load_problems(file, tokenizer, args)
     ]
-    return Problems(rows, args.seed), eval_rows
+    return Problems(rows, args.seed, eval_rows), eval_rows
 
 
 class Problems:
     """The training problems, in an order that is a function of (seed, epoch): `cursor` is all there is to save."""
 
-    def __init__(self, rows, seed):
+    def __init__(self, rows, seed, eval_rows=()):
         self.rows, self.seed, self.cursor = rows, seed, 0
-        told = [[row.get(key) for key in ("id", "prompt_ids", "answer")] for row in rows]
+        told = [[row.get(key) for key in ("id", "prompt_ids", "answer")] for row in [*rows, *eval_rows]]
         self.digest = hashlib.sha256(
             json.dumps(told).encode()
         ).hexdigest()  # a run goes on with the same problems alone

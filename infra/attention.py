@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+CPU_ROWS = 8  # sequences that are padded to the longest of them, on a CPU
 
-def packed_attention(
-    module, q, k, v, attention_mask, scaling=None, dropout=0.0, sliding_window=None, softcap=None, s_aux=None, **pack
-):
+
+def packed_attention(module, q, k, v, _=None, scaling=None, sliding_window=None, softcap=None, s_aux=None, **pack):
     """Causal, as transformers calls it -> (1, S, H, D), None
 
     sliding_window: tokens that one sees, itself among them; softcap: scores are softcap tanh(score / softcap);
@@ -25,17 +25,36 @@ def packed_attention(
         return by_sequence(q, k, v, starts.tolist(), scaling, window, softcap, s_aux), None
     if q.is_cuda:
         return varlen_attention(q, k, v, starts, longest, scaling, window), None
-    lengths = starts.diff()  # (B,); on a CPU: padded to (B, longest) for the attention alone, which is exact
+    parts = starts.diff().split(CPU_ROWS)  # of a pack, which has sequences of like length side by side
+    ends = [0, *torch.stack([part.sum() for part in parts]).cumsum(0).tolist()]
+    xs = [[x[0, :, a:b] for x in (q, k, v)] for a, b in zip(ends, ends[1:])]  # (H, s, D)
+    return torch.cat([padded_attention(*x, part, scaling, window) for x, part in zip(xs, parts)])[None], None
+
+
+def padded_attention(q, k, v, lengths, scaling, window):
+    """Sequences padded to the longest for the attention alone, which is exact. q (H, s, D), lengths (B,) -> (s, H, D)"""
+    longest = int(lengths.max())
     rows = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-    slots = torch.arange(q.shape[2]) + rows * longest - starts[rows]  # (S,)
+    slots = torch.arange(q.shape[1]) + rows * longest - (lengths.cumsum(0) - lengths)[rows]  # (s,)
 
-    def pad(x):  # (1, H, S, D) -> (B, H, longest, D)
-        padded = x.new_zeros(x.shape[1], len(lengths) * longest, x.shape[3]).index_copy(1, slots, x[0])
-        return padded.view(x.shape[1], len(lengths), longest, x.shape[3]).transpose(0, 1)
+    def pad(x):  # (H, s, D) -> (B, H, longest, D)
+        padded = x.new_zeros(len(x), len(lengths) * longest, x.shape[2]).index_copy(1, slots, x)
+        return padded.view(len(x), len(lengths), longest, x.shape[2]).transpose(0, 1)
 
-    how = {"attn_mask": visible(longest, window)} if window else {"is_causal": True}
+    how = {"attn_mask": visible(longest, window)} if window and window < longest else {"is_causal": True}
     out = F.scaled_dot_product_attention(pad(q), pad(k), pad(v), scale=scaling, enable_gqa=True, **how)
-    return out.transpose(1, 2).flatten(0, 1)[slots][None], None
+    return out.transpose(1, 2).flatten(0, 1)[slots]
+
+
+def grouped_attention(module, q, k, v, attention_mask, scaling=None, **how):
+    """transformers' sdpa; for one new token a sequence the heads that share keys are rows of one, and no key is copied"""
+    if q.shape[2] > 1 or how.get("position_bias") is not None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(module, q, k, v, attention_mask, scaling=scaling, **how)
+    rows = q.view(len(q), k.shape[1], -1, q.shape[3])  # (B, H, 1, D) -> (B, heads of k, H / heads of k, D)
+    out = F.scaled_dot_product_attention(rows, k, v, attn_mask=attention_mask, scale=scaling)
+    return out.reshape(len(q), 1, q.shape[1], -1), None
 
 
 def visible(n, window, device=None):  # -> (n, n) bool: does the token of this row see that of this column?

@@ -15,12 +15,15 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from infra import processes
+from infra.attention import grouped_attention
 from infra.policy import base_of, plain_attention, weights
-from infra.processes import all_gather, compute_dtype, device, fail, interleave, join_group, rank, use_tf32, world
+from infra.processes import all_gather, compute_dtype, device, fail, join_group, rank, world
 
 MAX_SEQS = 128  # responses that vLLM samples at a time
 HF_ROWS = 256  # sequences the hf engine samples at a time
 BAR_DELAY = 5  # seconds that a sampling may take without a bar
+ONE_THREAD = 5e6  # parameters; a token of a smaller model is too little work to share, on a CPU
 HF_CROWD = 0.8  # it drops the finished ones whenever fewer than this share is still going
 Sampling = namedtuple("Sampling", "temperature top_p top_k max_response_len")  # top_k 0: of all tokens
 
@@ -41,11 +44,11 @@ def seed_of(seed, step, problem_id, sample):
 
 
 def stop_ids(model, tokenizer):
-    """-> EOS of the model and of the tokenizer, and the end of a chat turn, which base models leave out"""
+    """-> EOS of the model and of the tokenizer, and what ends a turn of the chat template, which base models leave out"""
     from transformers import AutoConfig, GenerationConfig
 
     listed = lambda eos: eos if isinstance(eos, list) else [eos]
-    ids = {tokenizer.eos_token_id, tokenizer.get_vocab().get("<|im_end|>")}
+    ids = {tokenizer.eos_token_id, end_of_turn(tokenizer)}
     with contextlib.suppress(OSError):  # no generation_config.json
         ids.update(listed(GenerationConfig.from_pretrained(model).eos_token_id))
     with contextlib.suppress(OSError, ValueError):
@@ -53,6 +56,16 @@ def stop_ids(model, tokenizer):
     if ids == {None}:
         fail(f"--model {model}: neither its tokenizer nor its configuration has an EOS; a response would never end")
     return sorted(ids - {None})
+
+
+def end_of_turn(tokenizer):
+    """-> the special token that follows a response in the chat template, or None"""
+    if not tokenizer.chat_template:
+        return None
+    turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2345"}]
+    rest = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("2345")[2]
+    first, known = tokenizer.encode(rest, add_special_tokens=False)[:1], tokenizer.added_tokens_decoder
+    return next((i for i in first if i in known and known[i].special), None)
 
 
 def longest_sequence(args):
@@ -77,7 +90,7 @@ class Engine:
         found, since = self.sample(prompts, seeds, sampling or self.sampling), time.perf_counter()
         all_gather(None)  # all have sampled
         self.idle += time.perf_counter() - since
-        sampled = interleave(all_gather(found if rank() % share == 0 else [])[::share])
+        sampled = processes.interleave(all_gather(found if rank() % share == 0 else [])[::share])
         texts = self.tokenizer.batch_decode([ids for ids, _ in sampled], skip_special_tokens=True)
         found = zip([p for p, _ in requests], sampled, texts)
         return [Response(p, ids, logp, int(ids[-1]) not in self.stop, text) for p, (ids, logp), text in found]
@@ -132,7 +145,7 @@ class VllmEngine(Engine):
             generation_config="vllm",  # sampling as we say, not as the checkpoint says
             seed=args.seed,  # of Python's, numpy's and torch's generators too, from which nothing of ours draws
         )
-        use_tf32()
+        processes.use_tf32()
         os.environ.pop("TORCHINDUCTOR_COMPILE_THREADS", None)  # vLLM sets 1, which would be the trainer's too
         os.environ.update({"TORCHINDUCTOR_COMPILE_THREADS": threads} if threads else {})
         self.sleep()
@@ -188,12 +201,15 @@ class HfEngine(Engine):
 
     def __init__(self, args, tokenizer, kv_cache_bytes=None):
         super().__init__(args, tokenizer)
-        from transformers import AutoModelForCausalLM
+        from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, masking_utils
 
+        AttentionInterface.register("grouped", grouped_attention)
+        AttentionMaskInterface.register("grouped", masking_utils.sdpa_mask)
         how = dict(dtype=compute_dtype(), attn_implementation="eager")  # which every model has
         lm = AutoModelForCausalLM.from_pretrained(base_of(args.model), **how)
-        lm.set_attn_implementation(plain_attention(lm))
+        lm.set_attn_implementation("grouped" if plain_attention(lm) == "sdpa" else "eager")
         self.lm = lm.to(device()).eval().requires_grad_(False)
+        self.threads = 1 if lm.num_parameters() < ONE_THREAD else processes.CPU_THREADS
 
     def load(self, model):
         mine = dict(self.lm.named_parameters())
@@ -204,8 +220,11 @@ class HfEngine(Engine):
 
     def sample(self, prompts, seeds, how):
         parts = [slice(i, i + HF_ROWS) for i in range(0, len(prompts), HF_ROWS)]
+        processes.use_cores(self.threads)
         with progress(total=len(prompts), disable=rank() > 0) as bar:
-            return [row for part in parts for row in self.sample_rows(prompts[part], seeds[part], how, bar)]
+            found = [row for part in parts for row in self.sample_rows(prompts[part], seeds[part], how, bar)]
+        processes.use_cores()
+        return found
 
     @torch.no_grad()
     def sample_rows(self, prompts, seeds, how, bar):
@@ -250,9 +269,7 @@ def keep_likeliest(logits, top_p, top_k):  # (B, V) -> (B, V), minus infinity wh
     return TopPLogitsWarper(top_p)(None, logits) if top_p < 1 else logits
 
 
-def sample_token(
-    logp, uniform
-):  # (B, V), (B,) in [0, 1) -> (B,), where the running total of probability passes `uniform`
+def sample_token(logp, uniform):  # (B, V), (B,) in [0, 1) -> (B,), where the total probability so far passes uniform
     total = logp.double().exp().cumsum(-1)  # double, so that uniform x total[-1] stays below total[-1]
     return torch.searchsorted(total, uniform.double()[:, None] * total[:, -1:], right=True)[:, 0]
 

@@ -69,11 +69,7 @@ FLAGS = {  # all scripts share them. Defaults stand in the script; of those that
     "log_tokens": (ON_OFF, "Whether probabilities of sampled tokens and clipped tokens are logged.", ("on", "on")),
     "sharding": (["fsdp", "ddp"], "Whether each GPU has a shard of the weights, or all of them.", ("ddp", "fsdp")),
     "compile": (ON_OFF, "Whether torch.compile compiles the decoder layers.", ("off", "off")),
-    "head_dtype": (
-        ["float32", "model"],
-        "Precision of the output layer; model: bf16 on a GPU.",
-        ("float32", "float32"),
-    ),
+    "head_dtype": (["float32", "model"], "Precision of the output layer; model: bf16 on a GPU.", ("float32",) * 2),
     "sleep": (ON_OFF, "Whether vLLM leaves the GPU's memory to the trainer while that works.", ("on", "on")),
     "vllm_tensor_parallel": (COUNT, "GPUs that share one vLLM engine.", (1, 1)),
     "kv_cache_gib": (number(float, 0), "GiB of vLLM's KV cache on a GPU; 0: what --plan finds, on a CPU 1.", (0, 0)),

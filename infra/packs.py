@@ -7,9 +7,7 @@ import torch.nn.functional as F
 
 from infra.processes import all_gather, device, rank, world
 
-COST_OFFSET = (
-    24576  # tokens; a token's work grows with its context n as COST_OFFSET + n: of a model of 4B to 8B parameters
-)
+COST_OFFSET = 24576  # tokens; a token's work grows with its context n as this + n, in a model of 4B to 8B parameters
 
 
 class Pack:

@@ -4,7 +4,9 @@ Memory follows from the model's configuration and the flags; times from the rate
 GiB are 2^30 bytes, for one GPU."""
 
 import argparse
+import json
 import re
+from pathlib import Path
 
 import torch
 
@@ -82,10 +84,10 @@ def read_shape(args):
     """-> Shape of --model, from its config.json"""
     from transformers import AutoConfig
 
-    with refused(
-        f"--model {args.model}: its config.json cannot be read; give another folder, or a name on a hub in reach"
-    ):
+    with refused(f"--model {args.model}: its configuration cannot be read; give a folder, or a name on a hub in reach"):
         config = AutoConfig.from_pretrained(base_of(args.model))
+        if (ends := Path(base_of(args.model)) / "generation_config.json").is_file():
+            json.loads(ends.read_text())  # transformers takes no notice of a damaged one
     if quantised := getattr(config, "quantization_config", None):
         kind = getattr(quantised, "quant_method", None) or dict(quantised).get("quant_method", "unknown")
         fail(f"--model {args.model}: its weights are quantised ({kind}) and cannot be trained; give those before that")
@@ -94,9 +96,7 @@ def read_shape(args):
     if s.experts and uses_vllm(args) and not torch.cuda.is_available():
         fail(f"--engine vllm: on a CPU it loads no mixture of experts, as {args.model} is, again; give --engine hf")
     if s.experts and args.lora_rank:
-        fail(
-            f"--lora_rank {args.lora_rank}: adapters are for linear layers, not for experts, as {args.model} has; give 0"
-        )
+        fail(f"--lora_rank {args.lora_rank}: adapters are for linear layers, not the experts of {args.model}; give 0")
     if (longest := longest_sequence(args)) > s.positions:
         why = f"with the longest response {longest} tokens, {args.model} has {s.positions}"
         fail(f"--max_prompt_len {args.max_prompt_len}: {why}")
@@ -219,7 +219,8 @@ def report(args, s, gpus, gib, name="H100"):
         step, parts = sum(phases.values()), ", ".join(f"{phase} {value:.0f}" for phase, value in phases.items())
         longest = cache / token / longest_sequence(args)
         lines += [
-            f"{cache / token:,.0f} tokens in flight on a GPU: {longest:.0f} of the longest responses",
+            f"{cache / token:,.0f} tokens in flight on a GPU: {longest:.0f} of the longest responses, or",
+            f"{MAX_SEQS} of {cache / token / MAX_SEQS:,.0f} with their prompts; of more vLLM puts some off and computes them again",
             f"a step in about {step:.0f} s ({parts}), {args.steps} steps in {args.steps * step / 3600:.1f} hours, if",
             f"training reaches {MFU:.0%} of the FLOP/s of {name}, sampling {BANDWIDTH:.0%} of its memory's speed, and",
             f"responses are {MEAN_LENGTH:.0%} of their limit (stated, not measured; without evaluations and resampling)",

@@ -1,6 +1,7 @@
 """The model that is trained: its forward pass over a pack, its optimizer, its weights sharded over the processes."""
 
 import json
+import warnings
 from pathlib import Path
 
 import torch
@@ -32,11 +33,14 @@ def load_lm(args, dtype=torch.float32):
     AttentionMaskInterface.register("packed", lambda *_, **__: None)  # a pack needs no mask
     how = dict(dtype=dtype, attn_implementation="packed", output_loading_info=True)
     lm, report = AutoModelForCausalLM.from_pretrained(base_of(args.model), **how)
-    for name in sorted(report["missing_keys"])[:1]:
-        fail(f"--model {args.model}: {len(report['missing_keys'])} of its weights are in no file, {name} first")
+    says = {"missing": "of its weights are in no file", "unexpected": "weights in its files are none of its own"}
+    for which in says:
+        for name in sorted(report[f"{which}_keys"])[:1]:
+            fail(f"--model {args.model}: {len(report[f'{which}_keys'])} {says[which]}, {name} first")
     if (find(args.model) / ADAPTER).is_file():
         import peft
 
+        warnings.filterwarnings("error", "Found missing adapter keys")
         lm = peft.PeftModel.from_pretrained(lm, str(find(args.model))).merge_and_unload().requires_grad_(True)
     if name := next((name for name, p in lm.named_parameters() if not p.sum().isfinite()), None):
         fail(f"--model {args.model}: NaN or infinite weights, in {name} first")

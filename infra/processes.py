@@ -30,9 +30,9 @@ def world():
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
 
 
-def fail(message):
-    """For a user's mistake, before any model is loaded: one line that says what to change, status 2."""
-    if rank() == 0:
+def fail(message, everywhere=False):
+    """For a user's mistake: one line that says what to change, status 2. everywhere: other processes may know of none"""
+    if rank() == 0 or everywhere:
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -47,7 +47,7 @@ def refused(what):
             raise
         place = traceback.extract_tb(error.__traceback__)[-1]
         says = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-        fail(f"{what}: {type(error).__name__}: {says} ({Path(place.filename).name}, line {place.lineno})")
+        fail(f"{what}: {type(error).__name__}: {says} ({Path(place.filename).name}, line {place.lineno})", True)
 
 
 @functools.cache
@@ -83,10 +83,10 @@ def join_group():
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
-def use_cores():
+def use_cores(most=CPU_THREADS):
     if not torch.cuda.is_available():
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # Linux; elsewhere
-        torch.set_num_threads(max(1, min(CPU_THREADS, cores) // world()))  # accelerate launch says 1
+        torch.set_num_threads(max(1, min(most, cores) // world()))  # accelerate launch says 1
 
 
 def use_tf32():

@@ -65,17 +65,19 @@ class Log:
             free, total = torch.cuda.mem_get_info()
             # memory taken on the fullest GPU at the end of any phase of the step, with vLLM's and torch's cache
             self.max("perf/peak_gpu_gb", torch.tensor([(total - free) / 1e9]))
+            unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+            self.max("perf/unused_gpu_gb", torch.tensor([unused / 1e9]))  # of it what torch keeps free, at most
         now = time.perf_counter()
         # seconds in each phase; save is the one after the step before, step their sum
         self.sum(f"time/{phase}", (now - self.last_lap - idle) / world())
         self.sum("time/idle", idle / world())  # seconds of waiting for the samples of slower processes
         self.last_lap = now
 
-    def rollout(self, batch, grades, reward, adv):
-        """What was sampled. batch and grades: lists of N, reward (P, G); adv: of those that are trained on"""
+    def rollout(self, batch, grades):
+        """What was sampled: lists of responses and grades, group by group. A step may have several of them."""
         truncated = [(r, g) for r, g in zip(batch, grades) if r.truncated]
-        solved = torch.tensor([g.correct for g in grades]).view(reward.shape)  # (P, G)
-        self.tokens = sum(len(r.ids) for r in batch)
+        solved = torch.tensor([g.correct for g in grades]).view(-1, self.args.group_size)  # (P, G)
+        self.tokens += sum(len(r.ids) for r in batch)
         self.mean("rollout/response_len", [len(r.ids) for r in batch])  # tokens of a sampled response
         self.mean("rollout/truncated", [r.truncated for r in batch])  # share truncated at `--max_response_len`
         # share truncated there and right all the same
@@ -87,30 +89,34 @@ class Log:
             for name, which in (("right", True), ("wrong", False)):
                 if some := [loop for loop, (_, g) in zip(loops, truncated) if g.correct == which]:
                     self.mean(f"rollout/repeat_ratio_{name}", some)  # the same of those with a right, a wrong answer
-        self.mean("reward/mean", reward)  # mean over all that was sampled, before dynamic sampling drops groups
-        self.mean("reward/std", reward.std())  # standard deviation of the same rewards
         self.mean("reward/solved_all", solved.all(1))  # share of the sampled groups that are all right
         self.mean("reward/solved_none", ~solved.any(1))  # share of the sampled groups that are all wrong
         no_answer = distributed_map(lambda some: [rewards.extract_answer(r.text) is None for r in some], batch)
         self.mean("reward/no_answer", no_answer)  # share of the sampled responses without a box
-        if reward.min() == reward.max() and not self.told:
-            self.told, errors = True, sum(bool(g.error) for g in grades)
-            why = f"{sum(no_answer)} have no box, {len(truncated)} are truncated, {errors} could not be graded"
-            what = f"all {len(batch)} responses of this rollout earn {reward.min():g}, so that it may teach nothing"
-            self.say(f"{what}: {int(solved.sum())} are right, {why}")
         self.mean("reward/grader_errors", [bool(g.error) for g in grades])  # share the grader could not compare
         self.mean("reward/grader_timeouts", [g.error == "timeout" for g in grades])  # share it had no time to compare
-        if len(adv):
-            self.mean("adv/std", adv.std())  # standard deviation of the advantages that are trained on
-            self.max("adv/max", adv.abs())  # the largest absolute value of them
-            self.mean("adv/zero", adv == 0)  # the share of them that is 0
         if self.args.log_tokens == "on":
             logp = torch.cat([r.engine_logp for r in batch])
             self.mean("rollout/entropy", -logp)  # nats a token: minus the mean log-probability of the sampled tokens
             bins = torch.bucketize(logp.exp(), torch.tensor(PROBABILITIES[1:]), right=True)
             for low, count in zip(PROBABILITIES, bins.bincount(minlength=len(PROBABILITIES))):
                 # share of the sampled tokens of P % probability or more, and less than the next: 0, 30, 60, 85, 95, 99
-                self.mean(f"rollout/prob_{100 * low:.0f}", count / len(logp))
+                self.sum(f"rollout/prob_{100 * low:.0f}", count, len(logp))
+
+    def advantages(self, reward, adv):
+        """reward (P, G): of all that was sampled; adv (N,): of what is trained on"""
+        self.mean("reward/mean", reward)  # mean over all that was sampled, before dynamic sampling drops groups
+        self.mean("reward/std", reward.std())  # standard deviation of the same rewards
+        if reward.min() == reward.max() and not self.told:
+            names = "rollout/accuracy", "reward/no_answer", "rollout/truncated", "reward/grader_errors"
+            counts, self.told = [f"{self.sums[name]:.0f}" for name in names], True
+            why = "{} are right, {} have no box, {} are truncated, {} could not be graded".format(*counts)
+            what = f"all {reward.numel()} responses of this rollout earn {reward.min():g}, so that it may teach nothing"
+            self.say(f"{what}: {why}")
+        if len(adv):
+            self.mean("adv/std", adv.std())  # standard deviation of the advantages that are trained on
+            self.max("adv/max", adv.abs())  # the largest absolute value of them
+            self.mean("adv/zero", adv == 0)  # the share of them that is 0
 
     def trained_tokens(self, batch, pack, ratio, entropy, adv, low, high):
         """Counts the tokens that the lower and the upper bound clip, and keeps the last pack, to show some responses.
@@ -351,12 +357,13 @@ def restore(args, model, optimizer, problems):
         state = trained_state(model, optimizer)
         with refused(f"--resume {args.out}: {folder} cannot be read; remove it to go on from the checkpoint before"):
             dcp.load(state, checkpoint_id=folder / "state", no_dist=world() == 1)
-            found = json.loads((folder / "state" / "cursor.json").read_text())
-        if found["data"] != problems.digest:
-            fail(f"--resume {args.out}: --data {args.data} has other problems than when the run began; put those back")
+            cursor, digest = map(json.loads((folder / "state" / "cursor.json").read_text()).get, ("cursor", "data"))
+            problems.cursor = int(cursor)
+        if digest != problems.digest:
+            what = f"--data {args.data} or --eval_data {args.eval_data}"
+            fail(f"--resume {args.out}: {what} has other problems than when the run began; put those back")
         how = dict(model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         set_state_dict(model, optimizer, **how, options=StateDictOptions(strict=False))  # frozen ones are not in it
-        problems.cursor = found["cursor"]
     return step
 
 

@@ -10,6 +10,7 @@ from infra.processes import compute_dtype, fail, refused
 NATS = {torch.float32: 1e-3, torch.bfloat16: 0.05}  # mean difference; healthy: 1e-6 and about 0.01, a wrong model 0.2
 PAST = 64  # tokens of the longest sequence past a model's longest window
 SHORT = 8  # tokens of the shortest, before any
+BOS_NATS = 1.0  # a token; what BOS in front of it gives to a prompt of a model that was trained with it
 
 
 def self_test(args, model, prompts):
@@ -33,7 +34,7 @@ def self_test(args, model, prompts):
             alone, _ = model(pack, args.temperature, alone=True)
             model.lm.set_attn_implementation(ours)
     gaps = {
-        "two passes of the same weights differ": first - second,
+        "two passes of the same weights differ": first - second.detach(),
         "log-probabilities of packed sequences differ from the model's own of one alone": packed - alone,
     }
     for what, gap in gaps.items():
@@ -54,13 +55,32 @@ def longest_window(config, limit):
     return max(SHORT, min(limit, max([n for n in lengths if n < limit], default=0) + PAST))
 
 
+@torch.no_grad()
+def check_bos(args, model, tokenizer, prompts):
+    """Ends the run, with status 2, where prompts lack the BOS that their model was trained with: its responses would be
+    nonsense, as Gemma's are. Evidence is how probable prompts are with and without: many a configuration names a token
+    that its model has never seen."""
+    words = model.lm.get_input_embeddings().num_embeddings
+    for bos in {tokenizer.bos_token_id, model.lm.config.get_text_config().bos_token_id} & set(range(words)):
+        some = [p[: PAST + SHORT] for p in prompts if len(p) > SHORT and p[0] != bos][:SHORT]
+        packs = pack_of(some, SHORT), pack_of([[bos, *p] for p in some], SHORT + 1)
+        without, after = (float(model(pack, 1.0)[0].mean()) for pack in packs)
+        if after - without > BOS_NATS:
+            what = f"{tokenizer.decode([bos])} is not in front of its prompts. Each token is {after - without:.1f} nats"
+            fail(f"--model {args.model}: {what} more probable after it; give a tokenizer that adds it")
+
+
 def make_pack(prompts, lengths):
     """-> a Pack of sequences of these lengths, of which all tokens but the first are trained"""
-    text, batch = [token for prompt in prompts for token in prompt], []
+    text = [token for prompt in prompts for token in prompt]
     text = text * (1 + max(lengths) * len(lengths) // len(text))
-    for i, n in enumerate(lengths):
-        ids = text[sum(lengths[:i]) :][:n]
-        batch.append(Response({"prompt_ids": ids[:1]}, torch.tensor(ids[1:]), torch.zeros(n - 1), False, ""))
+    return pack_of([text[sum(lengths[:i]) :][:n] for i, n in enumerate(lengths)], 1)
+
+
+def pack_of(sequences, first):
+    """-> a Pack of these lists of ids, of which the tokens from `first` on are trained"""
+    parts = [({"prompt_ids": ids[:first]}, torch.tensor(ids[first:])) for ids in sequences]
+    batch = [Response(problem, ids, torch.zeros(len(ids)), False, "") for problem, ids in parts]
     pack = Pack(batch, range(len(batch)))
     pack.last = True
     return pack

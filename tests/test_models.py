@@ -6,11 +6,12 @@ import json
 
 import pytest
 import torch
-from conftest import BASE, SMALL, engine_args, load_policy, run_main
+from conftest import BASE, ROOT, SMALL, engine_args, load_policy, run_main
 from safetensors.torch import load_file, save_file
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import lite_ppo
+from data.problems import load_problems
 from infra import attention, engines, packs, plan, runs, selftest
 from infra import policy as policy_module
 from infra.processes import refused
@@ -304,6 +305,7 @@ def no_eos(folder):
     tokenizer.eos_token = None
     tokenizer.save_pretrained(folder)
     edit("tokenizer_config.json", eos_token=None)(folder)
+    template("{% for m in messages %}{{ m.content }}{% endfor %}")(folder)
 
 
 def no_tokenizer(folder):
@@ -311,8 +313,30 @@ def no_tokenizer(folder):
         path.unlink()
 
 
+def template(text):
+    return lambda folder: (folder / "chat_template.jinja").write_text(text)
+
+
 def pointer(folder):
     (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 7\n")
+
+
+def hard_prompts(folder):
+    tokenizer, path = AutoTokenizer.from_pretrained(folder), ROOT / "data" / "tiny" / "hard.jsonl"
+    return [row["prompt_ids"] for row in load_problems(path, tokenizer, engine_args(model=str(folder)))[:16]]
+
+
+def trained_with_bos(folder):
+    """Token 0 in front of a text says that it is one of ours; without it nothing is probable."""
+    lm, found = AutoModelForCausalLM.from_pretrained(folder), hard_prompts(folder)
+    ids = torch.tensor([p[: min(map(len, found))] for p in found])
+    optimizer = torch.optim.Adam(lm.parameters(), 3e-3)
+    nats = lambda ids: lm(input_ids=ids, labels=ids).loss
+    for _ in range(60):
+        (nats(torch.nn.functional.pad(ids, (1, 0))) + (nats(ids) - 6).abs()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    lm.save_pretrained(folder)
 
 
 FOLDERS = {  # what is wrong with it, and what the line says
@@ -329,10 +353,19 @@ FOLDERS = {  # what is wrong with it, and what the line says
     "a small embedding": (edit("config.json", vocab_size=20), "more tokens than its embedding, 20"),
     "AWQ": (edit("config.json", quantization_config={"quant_method": "awq", "bits": 4}), "quantised (awq)"),
     "FP8": (edit("config.json", quantization_config={"quant_method": "fp8"}), "quantised (fp8)"),
+    "more layers": (
+        edit("config.json", num_hidden_layers=1, layer_types=["full_attention"]),
+        "12 weights in its files are none of its own, model.layers.1."),
+    "a broken template": (template("{% for %}"), "its tokenizer cannot be loaded: TemplateSyntaxError"),
+    "a template of parts": (
+        template("{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}"),
+        "leaves out what the user says"),
+    "no JSON of EOS": (lambda folder: (folder / "generation_config.json").write_text("{"), "cannot be read"),
+    "no BOS": (trained_with_bos, "is not in front of its prompts"),
     "remote code": (
-        edit("config.json", model_type="own", auto_map={"AutoConfig": "own.OwnConfig"}), "its config.json cannot be read"),
-    "an unknown kind": (edit("config.json", model_type="gpt5"), "its config.json cannot be read"),
-    "no JSON": (lambda folder: (folder / "config.json").write_text("{"), "its config.json cannot be read"),
+        edit("config.json", model_type="own", auto_map={"AutoConfig": "own.OwnConfig"}), "its configuration cannot be read"),
+    "an unknown kind": (edit("config.json", model_type="gpt5"), "its configuration cannot be read"),
+    "no JSON": (lambda folder: (folder / "config.json").write_text("{"), "its configuration cannot be read"),
 }  # fmt: skip
 
 
@@ -347,6 +380,43 @@ def test_a_folder_is_refused_in_one_line(name, make_model, tmp_path, monkeypatch
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lite_ppo.py: ")]
     assert stopped.value.code == 2 and len(said) == 1 and str(folder) in said[0] and says in said[0]
     assert not (tmp_path / "run").exists()
+
+
+def test_an_adapter_without_one_of_its_weights(make_model, tmp_path, capsys):
+    folder = make_model("qwen2", {})
+    load_policy(str(folder), 4).lm.save_pretrained(tmp_path)
+    assert policy_module.load_lm(engine_args(model=str(tmp_path)))
+    state = load_file(tmp_path / "adapter_model.safetensors")
+    del state[min(state)]
+    save_file(state, tmp_path / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(SystemExit), refused(f"--model {tmp_path}"):
+        policy_module.load_lm(engine_args(model=str(tmp_path)))
+    assert "Found missing adapter keys" in capsys.readouterr().err
+
+
+TURNS = {  # a chat template's end of a response
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|end|>\n": [1],
+    "{{ m.role }}: {{ m.content }}\n": [],
+    "{% if m.role == 'user' %}<|end|>{% endif %}{{ m.content }}": [],
+}
+
+
+@pytest.mark.parametrize("turn", TURNS)
+def test_what_ends_a_turn_ends_a_response(turn, make_model):
+    folder = make_model("qwen2", dict(eos_token_id=7))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template, tokenizer.eos_token = "{% for m in messages %}" + turn + "{% endfor %}", None
+    assert engines.stop_ids(folder, tokenizer) == [*TURNS[turn], 7]
+
+
+def test_a_prompt_with_bos_in_front(make_model, capsys):
+    folder = make_model("qwen2", {})
+    trained_with_bos(folder)
+    args, policy = start_of_a_run(folder)
+    tokenizer, found = AutoTokenizer.from_pretrained(folder), hard_prompts(folder)
+    selftest.check_bos(args, policy, tokenizer, [[0, *p] for p in found])
+    with pytest.raises(SystemExit):
+        selftest.check_bos(args, policy, tokenizer, found)
 
 
 def test_the_end_may_stand_in_the_configuration_alone(make_model):

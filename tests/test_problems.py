@@ -111,11 +111,48 @@ def test_messages_are_messages(template, tmp_path):
     assert {row["problem"] for row in rows} == {text}
 
 
-def test_a_template_without_a_system_role(capsys):
+def test_a_template_without_a_system_role():
     tokenizer = AutoTokenizer.from_pretrained(engine_args().model)
     refuse = "{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     tokenizer.chat_template = "{% for m in messages %}" + refuse + "<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
-    assert not data.has_system_role(tokenizer)
+    assert data.system_role(tokenizer) == "refused"
     assert data.render("1 + 2", tokenizer) == f"<user>{data.SYSTEM}\n\n1 + 2"
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1 + 2"}]
     assert data.render(messages, tokenizer) == "<user>Be brief.\n\n1 + 2"
+
+
+def test_messages_that_the_template_refuses(tmp_path, monkeypatch, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(engine_args().model)
+    refuse = "{% if m['role'] == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    tokenizer.chat_template = "{% for m in messages %}" + refuse + "{{ m['content'] }}{% endfor %}"
+    turns = [{"role": role, "content": "1 + 2"} for role in ("user", "tool", "user")]
+    path = tmp_path / "some.jsonl"
+    path.write_text("".join(json.dumps({"problem": p, "answer": "3"}) + "\n" for p in (turns, turns[:1], turns)))
+    with pytest.raises(SystemExit):
+        data.load_problems(path, tokenizer, engine_args())
+    line = capsys.readouterr().err.strip()
+    assert "line 1: no tools; line 3: no tools; 2 such of 3 lines" in line
+
+
+@pytest.mark.parametrize("name", ["--data", "--eval_data"])
+def test_a_run_goes_on_with_the_same_problems_alone(name, tmp_path):
+    """Either of the files is another one when the run is resumed."""
+    args, rows = (
+        engine_args(steps=0, data="one", eval_data="other"),
+        [{"problem": "1 + 2", "answer": "3"}, {"problem": "2 + 2", "answer": "4"}],
+    )
+    tokenizer, digests = AutoTokenizer.from_pretrained(args.model), []
+    for changed in (rows, [*rows[:1], rows[1] | {"answer": "5"}]):
+        for flag in ("--data", "--eval_data"):
+            found = changed if flag == name else rows
+            (tmp_path / f"{flag}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+        files = [[tmp_path / f"{flag}.jsonl"] for flag in ("--data", "--eval_data")]
+        digests.append(data.load_data(args, *files, tokenizer)[0].digest)
+    assert digests[0] != digests[1]
+
+
+@pytest.mark.parametrize(
+    "value, text", [(1e-05, "0.00001"), (1e22, "10000000000000000000000"), (2.5, "2.5"), (5.0, "5.0")]
+)
+def test_numbers_are_written_out(value, text):
+    assert data.read_answer(value) == text

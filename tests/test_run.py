@@ -108,13 +108,13 @@ def test_what_is_logged_of_the_tokens(finished):
 
 def test_what_is_logged_of_the_truncated(tmp_path):
     """Four responses are truncated: a right one that loops, a wrong one that loops, two wrong ones that do not"""
-    log = runs.Log(Namespace(out=tmp_path, steps=1, log_tokens="off"), 0, {}, None, None)
+    log = runs.Log(Namespace(out=tmp_path, steps=1, log_tokens="off", group_size=5), 0, {}, None, None)
     loop, plain = torch.tensor([7, 8] * 40), torch.arange(80)
     what = [(loop, True, True), (loop, True, False), (plain, True, False), (plain, True, False), (plain, False, True)]
     batch = [engines.Response({}, ids, torch.zeros(80), truncated, "") for ids, truncated, _ in what]
     grades = [rewards.Grade(correct) for *_, correct in what]
     log.lap("generate")
-    log.rollout(batch, grades, torch.zeros(1, 5), torch.zeros(1, 5))
+    log.rollout(batch, grades)
     log.lap("update")
     log.write(0)
     row = json.loads((tmp_path / "metrics.jsonl").read_text())
