@@ -143,6 +143,7 @@ class VllmEngine(Engine):
             logprobs_mode="processed_logprobs",  # after temperature, top-k and top-p
             hf_overrides={"head_dtype": "float32"} if args.head_dtype == "float32" else {},  # as in the trainer
             generation_config="vllm",  # sampling as we say, not as the checkpoint says
+            disable_log_stats=False,  # for `preemptions`
             seed=args.seed,  # of Python's, numpy's and torch's generators too, from which nothing of ours draws
         )
         processes.use_tf32()
@@ -168,10 +169,15 @@ class VllmEngine(Engine):
         settings = dict(temperature=how.temperature, top_p=how.top_p, top_k=how.top_k, max_tokens=how.max_response_len)
         settings |= dict(stop_token_ids=self.stop, logprobs=0, flat_logprobs=True, detokenize=False)
         params = [SamplingParams(seed=seed, **settings) for seed in seeds]
-        bar = progress if rank() == 0 else False
+        bar, before = progress if rank() == 0 else False, self.preemptions()
         outs = self.llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=bar)
         outs = [out.outputs[0] for out in outs]
+        if rank() == 0 and (again := self.preemptions() - before):
+            tqdm.write(f"vLLM's cache was full: {again} times a response was put off and computed again", sys.stderr)
         return [(torch.tensor(out.token_ids), torch.tensor(out.logprobs.logprobs)) for out in outs]
+
+    def preemptions(self):
+        return sum(metric.value for metric in self.llm.get_metrics() if metric.name == "vllm:num_preemptions")
 
     def sleep(self):
         self.llm.sleep(level=2)  # without vLLM's sleep mode it only stops taking requests

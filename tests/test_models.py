@@ -2,7 +2,9 @@
 
 Models are tiny and random, of transformers' own configurations, with windows that sequences of 40 tokens pass."""
 
+import functools
 import json
+import os
 
 import pytest
 import torch
@@ -452,3 +454,27 @@ def test_vllm_samples_from_it(name, make_model):
         torch.testing.assert_close(logp, pack.engine_logp, atol=2e-4, rtol=1e-4)
     finally:
         engine.close()
+
+
+@pytest.mark.vllm
+def test_a_full_cache_is_told(make_model, monkeypatch, capsys):
+    """Eight responses of up to 300 tokens in a cache of 512: vLLM puts some off, and what it gives is right all the same."""
+    import vllm
+
+    monkeypatch.setattr(vllm, "LLM", functools.partial(vllm.LLM, num_gpu_blocks_override=16, block_size=32))
+    threads = os.environ.get("TORCHINDUCTOR_COMPILE_THREADS")
+    folder = make_model("qwen2", dict(head_dim=32, hidden_size=128, eos_token_id=1))
+    args = engine_args(model=str(folder), max_response_len=300, eval_max_response_len=300)
+    engine, policy = engines.VllmEngine(args, AutoTokenizer.from_pretrained(folder)), load_policy(str(folder))
+    try:
+        engine.wake()
+        engine.load(policy)
+        engine.stop = []
+        batch = engine.generate([{"id": str(i), "prompt_ids": ids} for i, ids in enumerate(prompts())], 1, 0)
+        with torch.no_grad():
+            logp, _ = policy(packs.Pack(batch, range(len(batch))), 1.0)
+        torch.testing.assert_close(logp, torch.cat([r.engine_logp for r in batch]), atol=2e-4, rtol=1e-4)
+    finally:
+        engine.close()
+    assert "times a response was put off and computed again" in capsys.readouterr().err
+    assert os.environ.get("TORCHINDUCTOR_COMPILE_THREADS") == threads  # vLLM would keep the trainer to one

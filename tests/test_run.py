@@ -115,6 +115,7 @@ def test_what_is_logged_of_the_truncated(tmp_path):
     grades = [rewards.Grade(correct) for *_, correct in what]
     log.lap("generate")
     log.rollout(batch, grades)
+    log.advantages(torch.zeros(1, 5), torch.zeros(5))
     log.lap("update")
     log.write(0)
     row = json.loads((tmp_path / "metrics.jsonl").read_text())
@@ -465,6 +466,27 @@ def test_ten_steps_raise_the_reward(engine, processes, tmp_path):
 @pytest.mark.parametrize("script", ["grpo", "dapo"])
 def test_ten_steps_of_the_others(script, engine, tmp_path):
     learn(script, 1, "--engine", engine, "--out", tmp_path / "run")
+
+
+def test_a_file_of_accelerate_config_changes_nothing(tmp_path):
+    """Two processes under a file that says FSDP, bf16 and four accumulated passes; one that no file says anything to."""
+    wants = {"fsdp_version": 2, "fsdp_cpu_ram_efficient_loading": True}
+    wants = {
+        "distributed_type": "FSDP",
+        "mixed_precision": "bf16",
+        "use_cpu": True,
+        "num_processes": 2,
+        "fsdp_config": wants,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(wants))
+    flags = [*SMALL, "--steps", "1", "--prompts_per_step", "8", "--max_response_len", "64"]
+    torchrun(1, "lite_ppo.py", *flags, "--out", tmp_path / "1")
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", tmp_path / "config.json"]
+    command = [*launcher, "--gradient_accumulation_steps", 4, "lite_ppo.py", *flags, "--out", tmp_path / "2"]
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    one, two = (without_times(read_metrics(tmp_path / name)[0]) for name in ("1", "2"))
+    assert two == pytest.approx(one, rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
