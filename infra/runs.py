@@ -51,8 +51,9 @@ class Log:
         self.counts[name] = self.counts.get(name, 0) + count
 
     def mean(self, name, values):
-        """The mean over all values noted under this name in this step, on all processes."""
-        self.sum(name, values, torch.as_tensor(values).numel())
+        """The mean over all values noted under this name in this step, on all processes; of none there is none."""
+        if count := torch.as_tensor(values).numel():
+            self.sum(name, values, count)
 
     def max(self, name, values):
         if len(values):  # an empty pack has none
