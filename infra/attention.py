@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+SCORE_ROWS = 256  # tokens whose attention is written out at a time: 1.3 GiB with its gradients, 32 heads, 10k tokens
 CPU_ROWS = 8  # sequences that are padded to the longest of them, on a CPU
 
 
@@ -57,8 +58,9 @@ def grouped_attention(module, q, k, v, attention_mask, scaling=None, **how):
     return out.reshape(len(q), 1, q.shape[1], -1), None
 
 
-def visible(n, window, device=None):  # -> (n, n) bool: does the token of this row see that of this column?
-    back = torch.arange(n, device=device)[:, None] - torch.arange(n, device=device)
+def visible(n, window, rows=None, device=None):
+    """-> (rows, n) bool: does each of the last `rows` of n tokens, all unless given, see each of them?"""
+    back = torch.arange(n - (rows or n), n, device=device)[:, None] - torch.arange(n, device=device)
     return (back >= 0) & (back < (window or n))
 
 
@@ -75,17 +77,17 @@ def varlen_attention(q, k, v, starts, longest, scaling, window=0):
 
 
 def by_sequence(q, k, v, starts, scaling, window, softcap, sinks):
-    """What no kernel of torch does, written out; the scores (H, n, n) of one sequence exist at a time."""
+    """What no kernel of torch does, written out; scores of at most SCORE_ROWS tokens with those before exist at a time."""
 
-    def one(q, k, v):  # (H, n, D) each -> (H, n, D)
+    def one(q, k, v):  # (H, m, D), of the last m of n tokens, (H, n, D), (H, n, D) -> (H, m, D)
         scores = (q @ k.transpose(1, 2)).float() * scaling
         scores = softcap * (scores / softcap).tanh() if softcap else scores
-        scores = scores.masked_fill(~visible(q.shape[1], window, q.device), -torch.inf)
+        scores = scores.masked_fill(~visible(k.shape[1], window, q.shape[1], q.device), -torch.inf)
         if sinks is not None:
             scores = torch.cat([scores, sinks.float().view(-1, 1, 1).expand(-1, q.shape[1], 1)], -1)
-        return scores.softmax(-1)[..., : q.shape[1]].to(v.dtype) @ v
+        return scores.softmax(-1)[..., : k.shape[1]].to(v.dtype) @ v
 
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    parts = [slice(a, b) for a, b in zip(starts, starts[1:])]
-    out = [checkpoint(one, *(x[0, :, part] for x in (q, k, v)), use_reentrant=False) for part in parts]
+    k, v = (x[0].repeat_interleave(q.shape[1] // x.shape[1], dim=0) for x in (k, v))
+    parts = [(a, i, min(i + SCORE_ROWS, b)) for a, b in zip(starts, starts[1:]) for i in range(a, b, SCORE_ROWS)]
+    out = [checkpoint(one, q[0, :, i:j], k[:, a:j], v[:, a:j], use_reentrant=False) for a, i, j in parts]
     return torch.cat(out, 1).transpose(0, 1)[None]
