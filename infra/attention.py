@@ -19,17 +19,23 @@ def packed_attention(module, q, k, v, _=None, scaling=None, sliding_window=None,
     s_aux (H,): the score of a sink, which takes a share of the softmax and gives nothing"""
     if "cu_seq_lens_q" not in pack:
         raise TypeError("the model does not tell its attention where a sequence begins")
-    starts, longest = pack["cu_seq_lens_q"], pack["max_length_q"]
-    window = sliding_window if sliding_window and sliding_window < longest else 0
+    if (layout := pack.get("layout")) is not None:  # prompts stand once in a pack, here before each of their responses
+        q, k, v = (x[:, :, layout] for x in (q, k, v))
     scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
-    if softcap or s_aux is not None:
-        return by_sequence(q, k, v, starts.tolist(), scaling, window, softcap, s_aux), None
+    out = attend(q, k, v, pack["cu_seq_lens_q"], pack["max_length_q"], scaling, sliding_window, softcap, s_aux)
+    return (out if layout is None else out[:, pack["first"]]), None
+
+
+def attend(q, k, v, starts, longest, scaling, window, softcap, sinks):
+    window = window if window and window < longest else 0
+    if softcap or sinks is not None:
+        return by_sequence(q, k, v, starts.tolist(), scaling, window, softcap, sinks)
     if q.is_cuda:
-        return varlen_attention(q, k, v, starts, longest, scaling, window), None
+        return varlen_attention(q, k, v, starts, longest, scaling, window)
     parts = starts.diff().split(CPU_ROWS)  # of a pack, which has sequences of like length side by side
     ends = [0, *torch.stack([part.sum() for part in parts]).cumsum(0).tolist()]
     xs = [[x[0, :, a:b] for x in (q, k, v)] for a, b in zip(ends, ends[1:])]  # (H, s, D)
-    return torch.cat([padded_attention(*x, part, scaling, window) for x, part in zip(xs, parts)])[None], None
+    return torch.cat([padded_attention(*x, part, scaling, window) for x, part in zip(xs, parts)])[None]
 
 
 def padded_attention(q, k, v, lengths, scaling, window):

@@ -240,8 +240,14 @@ class HfEngine(Engine):
         rows, width = torch.arange(len(prompts)), max(map(len, prompts))
         noise = [torch.rand(how.max_response_len, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         noise, cache = torch.stack(noise), DynamicCache(config=self.lm.config)
-        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device())  # (B, T), padded on the left
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device())  # (B, T)
+        order = {
+            prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))
+        }  # each is read once, U in all
+        ids = torch.tensor(
+            [[0] * (width - len(p)) + [*p] for p in order], device=device()
+        )  # (U, T), padded on the left
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in order], device=device())  # (U, T)
+        which = torch.tensor([order[tuple(p)] for p in prompts], device=device())  # (B,)
         lengths = torch.full((len(prompts),), how.max_response_len)
         tokens = torch.zeros(len(prompts), how.max_response_len, dtype=torch.long)
         logps = torch.zeros(len(prompts), how.max_response_len)
@@ -249,6 +255,9 @@ class HfEngine(Engine):
             positions = (mask.cumsum(1) - 1).clamp(min=0)  # padding too needs one that there is
             inputs = dict(input_ids=ids, attention_mask=mask, position_ids=positions[:, -ids.shape[1] :])
             logits = self.lm(**inputs, past_key_values=cache, logits_to_keep=1).logits[:, -1].float()  # (B, V)
+            if t == 0:
+                cache.batch_select_indices(which)
+                logits, mask = logits[which], mask[which]  # (B, V), (B, T)
             logp = keep_likeliest(logits / how.temperature, how.top_p, how.top_k).log_softmax(-1)  # (B, V)
             token = sample_token(logp, noise[rows, t].to(device()))  # (B,)
             tokens[rows, t], logps[rows, t] = token.cpu(), logp.gather(1, token[:, None])[:, 0].cpu()

@@ -11,15 +11,18 @@ COST_OFFSET = 24576  # tokens; a token's work grows with its context n as this +
 
 
 class Pack:
-    """The responses batch[i] of `indices`, after their prompts. Of [7 8] to [1 2 3] and [9] to [4], indices 5 and 6:
+    """The responses batch[i] of `indices`, after their prompts, a prompt of several responses once.
+    Of [7 8] and [9] to [1 2 3], indices 5 and 6:
 
-    ids         (S,)     [1 2 3 7 8 4 9]    prompts and responses
-    positions   (S,)     [0 1 2 3 4 0 1]
-    starts      (B + 1,) [0 5 7]            where each of B sequences begins, and the end
-    select      (T,)     [2 3 5]            where the hidden state stands that predicts a trained token
-    labels      (T,)     [7 8 9]            the trained tokens, EOS among them
-    rows        (T,)     [5 5 6]            whose token it is, an index into the batch
-    local_rows  (T,)     [0 0 1]            the same, counted from 0 in this pack
+    ids         (S,)     [1 2 3 7 8 9]          prompts and responses
+    positions   (S,)     [0 1 2 3 4 3]
+    layout      (L,)     [0 1 2 3 4 0 1 2 5]    B whole sequences, one after the other, as indices into ids; attention's
+    first       (S,)     [0 1 2 3 4 8]          where in the layout each of ids first stands
+    starts      (B + 1,) [0 5 9]                where in the layout each sequence begins, and the end
+    select      (T,)     [2 3 2]                where the hidden state stands that predicts a trained token
+    labels      (T,)     [7 8 9]                the trained tokens, EOS among them
+    rows        (T,)     [5 5 6]                whose token it is, an index into the batch
+    local_rows  (T,)     [0 0 1]                the same, counted from 0 in this pack
     engine_logp (T,)     log-probabilities when they were sampled
     old_logp    (T,)     the same, or the trainer's own from before the first update"""
 
@@ -29,12 +32,19 @@ class Pack:
         lengths = torch.tensor([len(s) for s in sequences])
         self.longest, ends = int(lengths.max()), lengths.cumsum(0)
         self.starts = F.pad(ends, (1, 0)).int().to(device())
-        self.ids = torch.cat(sequences).to(device())
-        self.positions = torch.cat([torch.arange(n) for n in lengths]).to(device())
+        prompts, source = {}, torch.arange(ends[-1])  # (L,) where in the layout each token first stands
+        for i, begin in zip(indices, self.starts.tolist()):
+            prompt = tuple(batch[i].problem["prompt_ids"])
+            known = prompts.setdefault(prompt, begin)
+            source[begin : begin + len(prompt)] = torch.arange(known, known + len(prompt))
+        new = source == torch.arange(ends[-1])  # (L,)
+        self.first, self.layout = new.nonzero()[:, 0].to(device()), (new.cumsum(0) - 1)[source].to(device())
+        self.ids = torch.cat(sequences).to(device())[self.first]
+        self.positions = torch.cat([torch.arange(n) for n in lengths]).to(device())[self.first]
         counts = torch.tensor([len(batch[i].ids) for i in indices], dtype=torch.long)  # trained tokens of each response
         trained = [torch.arange(end - count, end) for end, count in zip(ends, counts)]
         trained = torch.cat([torch.arange(0), *trained]).to(device())
-        self.select, self.labels = trained - 1, self.ids[trained]
+        self.select, self.labels = self.layout[trained - 1], self.ids[self.layout[trained]]
         self.rows = torch.tensor(indices, dtype=torch.long).repeat_interleave(counts).to(device())
         self.local_rows = torch.arange(len(indices)).repeat_interleave(counts).to(device())
         self.lengths, self.last = lengths.tolist() if indices else [], False  # of a mini-batch's packs on this process

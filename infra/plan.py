@@ -73,11 +73,13 @@ class Shape:
         """Bytes while the output layer computes gradients, fp32: its weights, twice their gradient, a chunk's logits"""
         return 4 * self.head * (1 if frozen else 3) + 8 * HEAD_CHUNK * (self.head // self.hidden)
 
-    def flops(self, lengths, passes=3, lora=False):
+    def flops(self, lengths, passes=3, lora=False, tokens=None):
         """Of sequences of these lengths, causal attention counted as half of the square. passes: 1 forward, 3 with
-        backward; what is computed twice counts once, and weights that LoRA freezes have no gradient"""
-        one = 2 * self.computed * sum(lengths) + 2 * self.layers * self.q * sum(n * n for n in lengths)
-        return passes * one - 2 * self.computed * sum(lengths) * lora
+        backward; what is computed twice counts once, and weights that LoRA freezes have no gradient. tokens: fewer than
+        the lengths' sum where sequences share a prompt"""
+        tokens = sum(lengths) if tokens is None else tokens
+        one = 2 * self.computed * tokens + 2 * self.layers * self.q * sum(n * n for n in lengths)
+        return passes * one - 2 * self.computed * tokens * lora
 
 
 def read_shape(args):

@@ -122,12 +122,15 @@ class Policy(torch.nn.Module):
         if alone:
             exact = lambda _, x, z: F.linear(x[0].to(dtype), *cast(head.weight, head.bias, dtype))  # as ours is
             hook, parts = head.register_forward_hook(exact), zip(pack.starts[:-1], pack.starts[1:])
-            logits = [self.lm(input_ids=pack.ids[None, a:b], use_cache=False).logits[0] for a, b in parts]
+            ids = pack.ids[pack.layout][None]
+            logits = [self.lm(input_ids=ids[:, a:b], use_cache=False).logits[0] for a, b in parts]
             hook.remove()
-            log_p = (torch.cat(logits)[pack.select].float() / temperature).log_softmax(-1)
+            log_p = (torch.cat(logits)[pack.first][pack.select].float() / temperature).log_softmax(-1)
             return log_p.gather(1, pack.labels[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
         packing = dict(cu_seq_lens_q=pack.starts, cu_seq_lens_k=pack.starts, position_ids=pack.positions[None])
         packing |= dict(max_length_q=pack.longest, max_length_k=pack.longest)
+        if len(pack.layout) > len(pack.ids):
+            packing |= dict(layout=pack.layout, first=pack.first)
         h = self.lm.get_decoder()(input_ids=pack.ids[None], use_cache=False, **packing).last_hidden_state
         return LogprobEntropy.apply(h[0, pack.select], head.weight, head.bias, pack.labels, after, dtype)
 

@@ -133,7 +133,8 @@ class Log:
         """How well the packs of a rollout are filled and balanced. minis: of this process"""
         packs, lora = [pack for packs in minis for pack in packs], self.args.lora_rank > 0
         if packs:
-            mine = [self.shape.flops([n for pack in packs for n in pack.lengths], lora=lora) for packs in minis]
+            flops = lambda pack: self.shape.flops(pack.lengths, lora=lora, tokens=len(pack.ids))
+            mine = [sum(map(flops, packs)) for packs in minis]
             work = torch.tensor(all_gather(mine), dtype=torch.double)  # (processes, mini-batches)
             self.flops = work.sum().item()
             # share of the packs' room, `--tokens_per_gpu`, that is empty

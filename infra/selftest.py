@@ -71,10 +71,10 @@ def check_bos(args, model, tokenizer, prompts):
 
 
 def make_pack(prompts, lengths):
-    """-> a Pack of sequences of these lengths, of which all tokens but the first are trained"""
+    """-> a Pack of sequences of these lengths, that begin alike; all tokens after the beginning are trained"""
     text = [token for prompt in prompts for token in prompt]
     text = text * (1 + max(lengths) * len(lengths) // len(text))
-    return pack_of([text[sum(lengths[:i]) :][:n] for i, n in enumerate(lengths)], 1)
+    return pack_of([text[:2] + text[sum(lengths[:i]) :][: n - 2] for i, n in enumerate(lengths)], 2)
 
 
 def pack_of(sequences, first):

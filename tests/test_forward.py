@@ -7,7 +7,7 @@ from conftest import BASE, load_policy, make_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infra import attention, packs
+from infra import attention, engines, packs
 from infra import policy as policy_module
 
 
@@ -94,6 +94,45 @@ def test_the_last_token_is_trained_and_the_prompt_is_not():
     assert pack.rows.tolist() == [2] * len(batch[2].ids) + [0] * len(batch[0].ids)
     first = len(batch[2].problem["prompt_ids"])
     assert pack.select[0] == first - 1  # the last token of the prompt predicts the first of the response
+
+
+def test_a_prompt_of_several_responses_stands_once():
+    """The example in the docstring of Pack, and two responses that have a prompt of their own after it"""
+    prompts, responses = ([1, 2, 3], [1, 2, 3], [4], [1, 2]), ([7, 8], [9], [5], [6, 6])
+    batch = [
+        engines.Response({"prompt_ids": prompt}, torch.tensor(ids), torch.zeros(len(ids)), False, "")
+        for prompt, ids in zip(prompts, responses)
+    ]
+    pack = packs.Pack(batch, [0, 1])
+    assert pack.ids.tolist() == [1, 2, 3, 7, 8, 9] and pack.positions.tolist() == [0, 1, 2, 3, 4, 3]
+    assert pack.layout.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 5] and pack.first.tolist() == [0, 1, 2, 3, 4, 8]
+    assert pack.starts.tolist() == [0, 5, 9] and pack.select.tolist() == [2, 3, 2] and pack.labels.tolist() == [7, 8, 9]
+    pack = packs.Pack(batch, range(4))
+    assert pack.ids.tolist() == [1, 2, 3, 7, 8, 9, 4, 5, 1, 2, 6, 6] and pack.lengths == [5, 4, 2, 4]
+    assert pack.select.tolist() == [2, 3, 2, 6, 9, 10] and pack.labels.tolist() == [7, 8, 9, 5, 6, 6]
+
+
+def test_a_shared_prompt_has_the_gradient_of_all_its_responses(policy):
+    """Three responses to each of two prompts: in one pack, where a prompt stands once, and each in a pack of its own"""
+    single, g = make_batch(2), torch.Generator().manual_seed(0)
+    batch = []
+    for r in single:
+        for _ in range(3):
+            ids = torch.randint(5, 90, (int(torch.randint(1, 20, (1,), generator=g)),), generator=g)
+            batch.append(engines.Response(r.problem, ids, torch.zeros(len(ids)), False, ""))
+    grads, found = [], []
+    for parts in ([range(6)], [[i] for i in range(6)]):
+        made = [packs.Pack(batch, part) for part in parts]
+        assert (sum(len(p.ids) for p in made) < sum(map(sum, (p.lengths for p in made)))) == (len(parts) == 1)
+        logps = [policy(pack, 1.0)[0] for pack in made]
+        weights = torch.rand(sum(map(len, logps)), generator=torch.Generator().manual_seed(1))
+        policy.zero_grad()
+        (torch.cat(logps) * weights).sum().backward()
+        found.append(torch.cat(logps).detach())
+        grads.append([p.grad.clone() for p in policy.parameters()])
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
+    for one, other in zip(*grads):
+        torch.testing.assert_close(one, other, atol=1e-5 * float(other.abs().max()), rtol=1e-4)
 
 
 def test_an_empty_pack_takes_part_and_changes_nothing(policy):

@@ -72,10 +72,11 @@ def meta_policy(config, monkeypatch):
 
     monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda positions: None)
 
-    def varlen(module, q, k, v, attention_mask, scaling=None, *, cu_seq_lens_q, max_length_q, **_):
-        return attention.varlen_attention(q, k, v, cu_seq_lens_q, max_length_q, scaling), None
+    def attend(q, k, v, starts, longest, scaling, *_):
+        return attention.varlen_attention(q, k, v, starts, longest, scaling)
 
-    AttentionInterface.register("varlen", varlen)  # what `packed` is on a GPU
+    monkeypatch.setattr(attention, "attend", attend)  # what it is on a GPU
+    AttentionInterface.register("varlen", attention.packed_attention)
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="varlen")
     policy_module.checkpoint_activations(lm)
@@ -94,15 +95,31 @@ def test_the_experts_that_a_token_meets():
     assert s.flops([1]) == pytest.approx(6 * s.computed, rel=0.01)
 
 
-@pytest.mark.parametrize("size, tokens", [("4B", 32768), ("4B", 16384), ("8B", 32768), ("0.6B", 8192)])
-def test_the_plans_activations_are_those_of_a_pass(size, tokens, monkeypatch):
-    """Forward and backward of one pack, tensor by tensor, within 15 %; weights and their gradients aside."""
+PASSES = [
+    ("4B", 32768, 0),
+    ("4B", 16384, 0),
+    ("8B", 32768, 0),
+    ("0.6B", 8192, 0),
+    ("4B", 32768, 512),
+    ("8B", 16384, 64),
+]
+
+
+@pytest.mark.parametrize("size, tokens, shared", PASSES)
+def test_the_plans_activations_are_those_of_a_pass(size, tokens, shared, monkeypatch):
+    """Forward and backward of one pack, tensor by tensor, within 15 %; weights and their gradients aside.
+
+    shared: tokens of prompts that stand once and are repeated for attention alone"""
     policy = meta_policy(config(size), monkeypatch)
-    ids, starts = torch.empty(tokens, dtype=torch.long, device="meta"), torch.empty(5, dtype=torch.int32, device="meta")
+    ids, starts = (
+        torch.empty(tokens - shared, dtype=torch.long, device="meta"),
+        torch.empty(5, dtype=torch.int32, device="meta"),
+    )
     parameters = list(policy.parameters())
     with Live([*parameters, *policy.buffers()]) as live:
-        fields = dict(ids=ids, positions=ids, select=ids, labels=ids, starts=starts, longest=tokens // 4)
-        logp, entropy = policy(SimpleNamespace(**fields), 1.0)
+        fields = dict(positions=ids, select=ids, labels=ids, starts=starts, longest=tokens // 4)
+        layout = torch.empty(tokens, dtype=torch.long, device="meta")
+        logp, entropy = policy(SimpleNamespace(ids=ids, layout=layout, first=ids, **fields), 1.0)
         logp.sum().backward()
     s = plan.Shape(config(size))
     assert s.params == sum(p.numel() for p in parameters)
