@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+from collections import Counter
 from decimal import Decimal
 
 from jinja2 import TemplateError
@@ -77,7 +78,8 @@ def read_answer(value):
     text = format(Decimal(repr(value)), "f") if isinstance(value, float) else str(value)  # not 1e-05
     text.encode()
     text = text.rsplit("####", 1)[-1].strip()
-    text = extract_answer(text) or text
+    boxed = extract_answer(text)
+    text = text if boxed is None else boxed
     text = re.sub(r"^(\$+|\\\(|\\\[)([^$]*?)(\$+|\\\)|\\\])$", r"\2", text).strip()
     if not text:
         raise ValueError('"answer" is missing or empty')
@@ -151,7 +153,11 @@ def data_files(args, flag, given):
 
 def load_data(args, files, eval_files, tokenizer):
     """-> the Problems of --data, the rows of all of --eval_data, each with the `set` it is from"""
-    rows = [row for file in files[:1] for row in load_problems(file, tokenizer, args)]
+    rows = [row for file in files for row in load_problems(file, tokenizer, args)]
+    if twice := next((name for name, n in Counter(row["id"] for row in rows).items() if n > 1), None):
+        fail(
+            f'--data {args.data}: two of its problems have the "id" {twice}; they would be sampled with the same seeds'
+        )
     if args.steps and len(rows) < args.prompts_per_step:
         have = f"--data {args.data} has {len(rows)} problems"
         fail(f"--prompts_per_step {args.prompts_per_step}: {have}; lower it")

@@ -91,6 +91,9 @@ class Engine:
         all_gather(None)  # all have sampled
         self.idle += time.perf_counter() - since
         sampled = processes.interleave(all_gather(found if rank() % share == 0 else [])[::share])
+        if not all(logp.isfinite().all() for _, logp in sampled):
+            why = "the engine's log-probabilities are no numbers, so that neither are the weights"
+            raise SystemExit(f"{why}; go on from a checkpoint, with a lower --lr" if rank() == 0 else 1)
         texts = self.tokenizer.batch_decode([ids for ids, _ in sampled], skip_special_tokens=True)
         found = zip([p for p, _ in requests], sampled, texts)
         return [Response(p, ids, logp, int(ids[-1]) not in self.stop, text) for p, (ids, logp), text in found]
@@ -286,7 +289,8 @@ def keep_likeliest(logits, top_p, top_k):  # (B, V) -> (B, V), minus infinity wh
 
 def sample_token(logp, uniform):  # (B, V), (B,) in [0, 1) -> (B,), where the total probability so far passes uniform
     total = logp.double().exp().cumsum(-1)  # double, so that uniform x total[-1] stays below total[-1]
-    return torch.searchsorted(total, uniform.double()[:, None] * total[:, -1:], right=True)[:, 0]
+    found = torch.searchsorted(total, uniform.double()[:, None] * total[:, -1:], right=True)[:, 0]
+    return found.clamp(max=logp.shape[1] - 1)  # of what is no number too
 
 
 def uses_vllm(args):

@@ -4,6 +4,7 @@ In the folder: args.json, versions.json, source/, checkpoints/, metrics, samples
 eval.json, eval_samples.jsonl, curves.png and result.json, which marks it as finished."""
 
 import errno
+import fcntl
 import importlib.metadata
 import json
 import math
@@ -33,6 +34,11 @@ class Log:
     def __init__(self, args, first_step, eval_problems, shape, tokenizer):
         self.args, self.folder, self.shape, self.tokenizer = args, Path(args.out), shape, tokenizer
         self.first_step, self.eval_problems, self.told = first_step, eval_problems, False
+        self.lock = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB) if rank() == 0 else None
+        except BlockingIOError:
+            fail(f"--resume {self.folder}: another process goes on with this run already")
         for name in ("metrics", "samples", "clipped", "tokens") if rank() == 0 else ():
             path = self.folder / f"{name}.jsonl"  # later steps are done again; a line truncated by a crash goes too
             rows = read_jsonl(path, damaged=lambda number: None) if path.exists() else []
@@ -200,13 +206,19 @@ class Log:
 
     def say(self, text):
         if rank() == 0:
-            self.bar.write(text)
+            self.bar.write(printable(text))
             sys.stdout.flush()
 
     def stop(self, message):
         """Ends the program with status 1. The bar is closed first, so that the message has the last line for itself."""
         self.bar.close()
         raise SystemExit(message)
+
+
+def printable(text):
+    """What the terminal cannot show, as a question mark"""
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "replace").decode(encoding)
 
 
 def read_jsonl(path, damaged=None):
@@ -252,6 +264,8 @@ def open_run(args):
         (folder / "result.json").unlink(missing_ok=True)
         return write_whole(folder / "args.json", json.dumps(settings, indent=1))
     aside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    with refused(f"--out {folder}: cannot be made there"):
+        aside.mkdir(parents=True)
     code = [f"{args.script}.py", "common.py", "rewards.py", "data/problems.py", "data/evaluation.py", "infra/*.py"]
     for file in (file for pattern in code for file in ROOT.glob(pattern)):
         target = aside / "source" / file.relative_to(ROOT)

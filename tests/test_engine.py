@@ -52,6 +52,17 @@ def gap(policy, batch, temperature=1.0):
         return policy(pack, temperature)[0] - pack.engine_logp
 
 
+def test_weights_that_are_no_numbers(engine):
+    """They end the run before a response is graded; the next weights are sampled from as ever."""
+    broken = load_policy()
+    with torch.no_grad():
+        broken.lm.get_decoder().norm.weight[0] = torch.nan
+    with pytest.raises(SystemExit, match="go on from a checkpoint, with a lower --lr"):
+        generate(engine, broken)
+    fine = shaken(1)
+    assert gap(fine, generate(engine, fine)).abs().max() < 1e-4
+
+
 def test_load_brings_the_weights(engine):
     old, new = shaken(1), shaken(2)
     batch = generate(engine, old)

@@ -61,7 +61,7 @@ ANSWERS = {
 }  # fmt: skip
 NO_ANSWERS = [
     {"value": 3}, ["3"], float("nan"), float("inf"), True, None, "", "  ", "$$", "The answer is 3.", "the answer is 3",
-    "We add both numbers and find the sum.", "####", "3\ud800",
+    "We add both numbers and find the sum.", "####", "\\boxed{}", "so \\boxed{ }", "3\ud800",
 ]  # fmt: skip
 
 

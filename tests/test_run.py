@@ -1,5 +1,6 @@
 """Whole runs of the real script: what it writes, how it stops, how it goes on."""
 
+import fcntl
 import json
 import os
 import re
@@ -293,6 +294,30 @@ def test_two_runs_into_one_folder(tmp_path, monkeypatch, capsys):
         runs.open_run(args)
     assert stopped.value.code == 2 and "another run has made it" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_run_that_goes_on_already(finished, tmp_path, monkeypatch, capsys):
+    folder = begun(tmp_path, finished)
+    held = os.open(folder, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)  # as the other process does
+    assert "another process goes on with this run" in refused_resume(monkeypatch, capsys, folder)
+    os.close(held)
+    assert run_main(monkeypatch, lite_ppo, "--resume", folder, "--steps", 5)
+
+
+def test_a_folder_that_cannot_be_made(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as stopped:
+        run_main(monkeypatch, lite_ppo, *SMALL, "--out", tmp_path / "file" / "run")
+    assert stopped.value.code == 2 and f"--out {tmp_path / 'file' / 'run'}: cannot be made" in capsys.readouterr().err
+
+
+def test_a_terminal_that_knows_few_characters(tmp_path):
+    """What is said has a plus-minus sign, and responses of real models have everything."""
+    command = [sys.executable, "lite_ppo.py", *SMALL, "--steps", "0", "--out", str(tmp_path / "run")]
+    few = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, env=few)
+    assert done.returncode == 0 and b" ? 0." in done.stdout, done.stderr
 
 
 def test_an_adapters_base_is_found_from_any_folder(tmp_path, monkeypatch):
