@@ -8,7 +8,7 @@ import numpy as np
 
 from infra.engines import Sampling
 from infra.processes import distributed_map, rank
-from infra.runs import append_jsonl, finite, jsonl, printable, read_metrics, write_whole
+from infra.runs import append_jsonl, finite, jsonl, read_metrics, write_whole
 
 EVAL_SETTINGS = "eval_samples", "eval_pass_k", "eval_temperature", "eval_top_p", "eval_top_k", "eval_max_response_len"
 
@@ -89,4 +89,4 @@ def summarize(log):
     for name in names:
         values = [(row[f"eval/{name}/{m}"], row[f"eval/{name}/{m}_se"]) for row, m in columns.values()]
         values = [(value, math.nan if error is None else error) for value, error in values]
-        print(printable(f"{name:16s}" + "".join(f"{value:9.3f} ± {error:.3f}" for value, error in values)))
+        print(f"{name:16s}" + "".join(f"{value:9.3f} ± {error:.3f}" for value, error in values))

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import sys
 from pathlib import Path
 
 import torch
@@ -130,6 +131,8 @@ def parse_args(p, argv=None, reference=lambda args: False):
     """-> the flags given, then those of the run to resume, then the script's defaults; whatever is wrong is said here
 
     reference: does the script keep the first policy beside the one it trains? For the plan."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # what the terminal cannot show
     p.table = MACHINE | p.table
     add_shared_flags(p)
     p.add_argument("--out", help="The run folder [runs/<script>__<flags that differ from their defaults>__s<seed>].")

@@ -206,19 +206,13 @@ class Log:
 
     def say(self, text):
         if rank() == 0:
-            self.bar.write(printable(text))
+            self.bar.write(text)
             sys.stdout.flush()
 
     def stop(self, message):
         """Ends the program with status 1. The bar is closed first, so that the message has the last line for itself."""
         self.bar.close()
         raise SystemExit(message)
-
-
-def printable(text):
-    """What the terminal cannot show, as a question mark"""
-    encoding = sys.stdout.encoding or "utf-8"
-    return text.encode(encoding, "replace").decode(encoding)
 
 
 def read_jsonl(path, damaged=None):

@@ -18,9 +18,9 @@ ROUNDS = 3
 USUAL = "300000"  # of GNU's OpenMP, which torch brings along
 
 
-def start(folder, steps, **environment):
+def start(folder, steps, root=ROOT, **environment):
     flags = ["--steps", steps, "--eval_data", "eval_easy", "--save_every", steps, "--scale", "laptop", "--out", folder]
-    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | environment, cwd=ROOT)
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | environment, cwd=root)
     return subprocess.Popen([sys.executable, "lite_ppo.py", *map(str, flags)], **quiet)
 
 

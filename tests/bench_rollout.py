@@ -1,0 +1,41 @@
+"""Seconds a training step and an evaluation of the laptop's size, on one core as in the study, against another checkout.
+
+    git worktree add ../before COMMIT
+    python tests/bench_rollout.py ../before [STEPS]
+
+Runs alternate, so that what else the machine does is shared; a ratio is of medians over ROUNDS runs."""
+
+import json
+import os
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+from bench_cores import ROOT, start
+
+ROUNDS = 3
+PHASES = "time/generate", "time/old_logp", "time/update", "time/step", "time/eval"
+
+
+def measure(root, steps):
+    """-> {phase: seconds}, of a step the median, of an evaluation the last"""
+    with tempfile.TemporaryDirectory() as scratch:
+        assert start(Path(scratch) / "run", steps, root).wait() == 0
+        rows = [json.loads(line) for line in (Path(scratch) / "run" / "metrics.jsonl").read_text().splitlines()]
+    found = {phase: statistics.median(row.get(phase, 0) for row in rows[1:-1]) for phase in PHASES[:-1]}
+    return found | {PHASES[-1]: rows[-1][PHASES[-1]]}
+
+
+def main():
+    other, steps = Path(sys.argv[1]).resolve(), int(sys.argv[2]) if len(sys.argv) > 2 else 8
+    os.sched_setaffinity(0, [max(os.sched_getaffinity(0))])
+    pairs = [[measure(root, steps) for root in (other, ROOT)] for _ in range(ROUNDS)]
+    for phase in PHASES:
+        before, after = (statistics.median(pair[i][phase] for pair in pairs) for i in (0, 1))
+        each = ", ".join(f"{pair[0][phase] / pair[1][phase]:.2f}" for pair in pairs)
+        print(f"{phase:14s} {before:6.2f} s there, {after:6.2f} s here: {before / after:.2f} times as fast ({each})")
+
+
+if __name__ == "__main__":
+    main()
