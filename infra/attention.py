@@ -8,22 +8,27 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from infra.packs import gather, spread
+
 SCORE_ROWS = 256  # tokens whose attention is written out at a time: 1.3 GiB with its gradients, 32 heads, 10k tokens
 CPU_ROWS = 8  # sequences that are padded to the longest of them, on a CPU
 
 
-def packed_attention(module, q, k, v, _=None, scaling=None, sliding_window=None, softcap=None, s_aux=None, **pack):
+def packed_attention(
+    module, q, k, v, _=None, scaling=None, sliding_window=None, softcap=None, s_aux=None, pack=None, **starts
+):
     """Causal, as transformers calls it -> (1, S, H, D), None
 
     sliding_window: tokens that one sees, itself among them; softcap: scores are softcap tanh(score / softcap);
-    s_aux (H,): the score of a sink, which takes a share of the softmax and gives nothing"""
-    if "cu_seq_lens_q" not in pack:
+    s_aux (H,): the score of a sink, which takes a share of the softmax and gives nothing; pack: one with prompts of several
+    responses, which stand before each of them for attention alone"""
+    if "cu_seq_lens_q" not in starts:
         raise TypeError("the model does not tell its attention where a sequence begins")
-    if (layout := pack.get("layout")) is not None:  # prompts stand once in a pack, here before each of their responses
-        q, k, v = (x[:, :, layout] for x in (q, k, v))
     scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
-    out = attend(q, k, v, pack["cu_seq_lens_q"], pack["max_length_q"], scaling, sliding_window, softcap, s_aux)
-    return (out if layout is None else out[:, pack["first"]]), None
+    how = starts["cu_seq_lens_q"], starts["max_length_q"], scaling, sliding_window, softcap, s_aux
+    if pack is None:
+        return attend(q, k, v, *how), None
+    return gather(attend(*(spread(x, pack, 2) for x in (q, k, v)), *how), pack, 1), None
 
 
 def attend(q, k, v, starts, longest, scaling, window, softcap, sinks):

@@ -10,41 +10,57 @@ from infra.processes import all_gather, device, rank, world
 COST_OFFSET = 24576  # tokens; a token's work grows with its context n as this + n, in a model of 4B to 8B parameters
 
 
+@torch.compiler.disable
+def spread(x, pack, dim=0):
+    """The tokens of a pack in its layout, along this dimension. By slices: their gradients are added in one order, those
+    of an index with repeats in any."""
+    parts = x.split(pack.pieces, dim)
+    return torch.cat([parts[i] for i in pack.layout], dim)
+
+
+@torch.compiler.disable
+def gather(x, pack, dim=0):
+    """What stands in the layout, as in a pack: of a prompt that stands there several times the first"""
+    parts = x.split([pack.pieces[i] for i in pack.layout], dim)
+    first = dict(reversed([*zip(pack.layout, parts)]))
+    return torch.cat([first[i] for i in range(len(pack.pieces))], dim)
+
+
 class Pack:
     """The responses batch[i] of `indices`, after their prompts, a prompt of several responses once.
     Of [7 8] and [9] to [1 2 3], indices 5 and 6:
 
-    ids         (S,)     [1 2 3 7 8 9]          prompts and responses
+    ids         (S,)     [1 2 3 7 8 9]      prompts and responses
     positions   (S,)     [0 1 2 3 4 3]
-    layout      (L,)     [0 1 2 3 4 0 1 2 5]    B whole sequences, one after the other, as indices into ids; attention's
-    first       (S,)     [0 1 2 3 4 8]          where in the layout each of ids first stands
-    starts      (B + 1,) [0 5 9]                where in the layout each sequence begins, and the end
-    select      (T,)     [2 3 2]                where the hidden state stands that predicts a trained token
-    labels      (T,)     [7 8 9]                the trained tokens, EOS among them
-    rows        (T,)     [5 5 6]                whose token it is, an index into the batch
-    local_rows  (T,)     [0 0 1]                the same, counted from 0 in this pack
+    pieces               [3 2 1]            tokens of each prompt and each response
+    layout      (2 B,)   [0 1 0 2]          the pieces of B whole sequences: `spread` makes [1 2 3 7 8 1 2 3 9] of ids, (L,)
+    starts      (B + 1,) [0 5 9]            where in the layout each sequence begins, and the end
+    select      (T,)     [2 3 7]            where in the layout the hidden state stands that predicts a trained token
+    labels      (T,)     [7 8 9]            the trained tokens, EOS among them
+    rows        (T,)     [5 5 6]            whose token it is, an index into the batch
+    local_rows  (T,)     [0 0 1]            the same, counted from 0 in this pack
     engine_logp (T,)     log-probabilities when they were sampled
     old_logp    (T,)     the same, or the trainer's own from before the first update"""
 
     def __init__(self, batch, indices):
-        sequences = [torch.cat([torch.tensor(batch[i].problem["prompt_ids"]), batch[i].ids]) for i in indices]
-        sequences = sequences or [torch.zeros(1, dtype=torch.long)]  # an empty pack trains nothing, but takes part
-        lengths = torch.tensor([len(s) for s in sequences])
+        prompts, pieces, positions, self.layout = {}, [], [], []
+        for prompt, ids in [(tuple(batch[i].problem["prompt_ids"]), batch[i].ids) for i in indices]:
+            if prompt not in prompts:
+                prompts[prompt] = len(pieces)
+                pieces, positions = [*pieces, torch.tensor(prompt)], [*positions, torch.arange(len(prompt))]
+            self.layout += [prompts[prompt], len(pieces)]
+            pieces, positions = [*pieces, ids], [*positions, torch.arange(len(ids)) + len(prompt)]
+        if not pieces:  # an empty pack trains nothing, but takes part
+            pieces, positions, self.layout = [torch.zeros(1, dtype=torch.long)], [torch.zeros(1, dtype=torch.long)], [0]
+        self.pieces = [len(piece) for piece in pieces]
+        lengths = torch.tensor([self.pieces[i] for i in self.layout]).view(max(1, len(indices)), -1).sum(1)
         self.longest, ends = int(lengths.max()), lengths.cumsum(0)
         self.starts = F.pad(ends, (1, 0)).int().to(device())
-        prompts, source = {}, torch.arange(ends[-1])  # (L,) where in the layout each token first stands
-        for i, begin in zip(indices, self.starts.tolist()):
-            prompt = tuple(batch[i].problem["prompt_ids"])
-            known = prompts.setdefault(prompt, begin)
-            source[begin : begin + len(prompt)] = torch.arange(known, known + len(prompt))
-        new = source == torch.arange(ends[-1])  # (L,)
-        self.first, self.layout = new.nonzero()[:, 0].to(device()), (new.cumsum(0) - 1)[source].to(device())
-        self.ids = torch.cat(sequences).to(device())[self.first]
-        self.positions = torch.cat([torch.arange(n) for n in lengths]).to(device())[self.first]
+        self.ids, self.positions = torch.cat(pieces).to(device()), torch.cat(positions).to(device())
         counts = torch.tensor([len(batch[i].ids) for i in indices], dtype=torch.long)  # trained tokens of each response
         trained = [torch.arange(end - count, end) for end, count in zip(ends, counts)]
         trained = torch.cat([torch.arange(0), *trained]).to(device())
-        self.select, self.labels = self.layout[trained - 1], self.ids[self.layout[trained]]
+        self.select, self.labels = trained - 1, spread(self.ids, self)[trained]
         self.rows = torch.tensor(indices, dtype=torch.long).repeat_interleave(counts).to(device())
         self.local_rows = torch.arange(len(indices)).repeat_interleave(counts).to(device())
         self.lengths, self.last = lengths.tolist() if indices else [], False  # of a mini-batch's packs on this process

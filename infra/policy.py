@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from infra.attention import packed_attention
+from infra.packs import spread
 from infra.processes import ROOT, compute_dtype, device, fail, join_group, use_tf32, world
 
 ADAPTER = "adapter_config.json"  # what makes a folder one of peft's
@@ -122,17 +123,18 @@ class Policy(torch.nn.Module):
         if alone:
             exact = lambda _, x, z: F.linear(x[0].to(dtype), *cast(head.weight, head.bias, dtype))  # as ours is
             hook, parts = head.register_forward_hook(exact), zip(pack.starts[:-1], pack.starts[1:])
-            ids = pack.ids[pack.layout][None]
+            ids = spread(pack.ids, pack)[None]
             logits = [self.lm(input_ids=ids[:, a:b], use_cache=False).logits[0] for a, b in parts]
             hook.remove()
-            log_p = (torch.cat(logits)[pack.first][pack.select].float() / temperature).log_softmax(-1)
+            log_p = (torch.cat(logits)[pack.select].float() / temperature).log_softmax(-1)
             return log_p.gather(1, pack.labels[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
         packing = dict(cu_seq_lens_q=pack.starts, cu_seq_lens_k=pack.starts, position_ids=pack.positions[None])
         packing |= dict(max_length_q=pack.longest, max_length_k=pack.longest)
-        if len(pack.layout) > len(pack.ids):
-            packing |= dict(layout=pack.layout, first=pack.first)
+        if shared := len(pack.layout) > len(pack.pieces):
+            packing |= dict(pack=pack)
         h = self.lm.get_decoder()(input_ids=pack.ids[None], use_cache=False, **packing).last_hidden_state
-        return LogprobEntropy.apply(h[0, pack.select], head.weight, head.bias, pack.labels, after, dtype)
+        h = spread(h[0], pack) if shared else h[0]
+        return LogprobEntropy.apply(h[pack.select], head.weight, head.bias, pack.labels, after, dtype)
 
 
 def after_head(lm):

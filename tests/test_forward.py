@@ -105,11 +105,14 @@ def test_a_prompt_of_several_responses_stands_once():
     ]
     pack = packs.Pack(batch, [0, 1])
     assert pack.ids.tolist() == [1, 2, 3, 7, 8, 9] and pack.positions.tolist() == [0, 1, 2, 3, 4, 3]
-    assert pack.layout.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 5] and pack.first.tolist() == [0, 1, 2, 3, 4, 8]
-    assert pack.starts.tolist() == [0, 5, 9] and pack.select.tolist() == [2, 3, 2] and pack.labels.tolist() == [7, 8, 9]
+    assert pack.pieces == [3, 2, 1] and pack.layout == [0, 1, 0, 2]
+    assert packs.spread(pack.ids, pack).tolist() == [1, 2, 3, 7, 8, 1, 2, 3, 9]
+    marked = torch.tensor([1, 2, 3, 7, 8, -1, -2, -3, 9])
+    assert packs.gather(marked, pack).tolist() == [1, 2, 3, 7, 8, 9]
+    assert pack.starts.tolist() == [0, 5, 9] and pack.select.tolist() == [2, 3, 7] and pack.labels.tolist() == [7, 8, 9]
     pack = packs.Pack(batch, range(4))
     assert pack.ids.tolist() == [1, 2, 3, 7, 8, 9, 4, 5, 1, 2, 6, 6] and pack.lengths == [5, 4, 2, 4]
-    assert pack.select.tolist() == [2, 3, 2, 6, 9, 10] and pack.labels.tolist() == [7, 8, 9, 5, 6, 6]
+    assert pack.select.tolist() == [2, 3, 7, 9, 12, 13] and pack.labels.tolist() == [7, 8, 9, 5, 6, 6]
 
 
 def test_a_shared_prompt_has_the_gradient_of_all_its_responses(policy):

@@ -118,8 +118,9 @@ def test_the_plans_activations_are_those_of_a_pass(size, tokens, shared, monkeyp
     parameters = list(policy.parameters())
     with Live([*parameters, *policy.buffers()]) as live:
         fields = dict(positions=ids, select=ids, labels=ids, starts=starts, longest=tokens // 4)
-        layout = torch.empty(tokens, dtype=torch.long, device="meta")
-        logp, entropy = policy(SimpleNamespace(ids=ids, layout=layout, first=ids, **fields), 1.0)
+        layout = [0, 1, 0, 1] if shared else [0, 1]  # one prompt before two responses
+        pieces = [shared, tokens - 2 * shared] if shared else [1, tokens - 1]
+        logp, entropy = policy(SimpleNamespace(ids=ids, pieces=pieces, layout=layout, **fields), 1.0)
         logp.sum().backward()
     s = plan.Shape(config(size))
     assert s.params == sum(p.numel() for p in parameters)
