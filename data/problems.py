@@ -155,9 +155,7 @@ def load_data(args, files, eval_files, tokenizer):
     """-> the Problems of --data, the rows of all of --eval_data, each with the `set` it is from"""
     rows = [row for file in files for row in load_problems(file, tokenizer, args)]
     if twice := next((name for name, n in Counter(row["id"] for row in rows).items() if n > 1), None):
-        fail(
-            f'--data {args.data}: two of its problems have the "id" {twice}; they would be sampled with the same seeds'
-        )
+        fail(f'--data {args.data}: two problems have the "id" {twice}, and would be sampled with the same seeds')
     if args.steps and len(rows) < args.prompts_per_step:
         have = f"--data {args.data} has {len(rows)} problems"
         fail(f"--prompts_per_step {args.prompts_per_step}: {have}; lower it")

@@ -243,12 +243,8 @@ class HfEngine(Engine):
         rows, width = torch.arange(len(prompts)), max(map(len, prompts))
         noise = [torch.rand(how.max_response_len, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         noise, cache = torch.stack(noise), DynamicCache(config=self.lm.config)
-        order = {
-            prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))
-        }  # each is read once, U in all
-        ids = torch.tensor(
-            [[0] * (width - len(p)) + [*p] for p in order], device=device()
-        )  # (U, T), padded on the left
+        order = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}  # each is read once
+        ids = torch.tensor([[0] * (width - len(p)) + [*p] for p in order], device=device())  # (U, T), padding first
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in order], device=device())  # (U, T)
         which = torch.tensor([order[tuple(p)] for p in prompts], device=device())  # (B,)
         lengths = torch.full((len(prompts),), how.max_response_len)

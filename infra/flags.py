@@ -37,10 +37,7 @@ GPU = Path("/dev/nvidia0")
 SHARE, ON_OFF = number(float, 0, 1, above=True), ["on", "off"]
 FLAGS = {  # all scripts share them. Defaults stand in the script; of those that are no paper's business, here
     "model": (str, "The model to train: a folder, or a name on the Hugging Face hub."),
-    "data": (
-        str,
-        "Training problems, separated by commas: .jsonl files, or names in data/ (node) or data/tiny/ (laptop).",
-    ),
+    "data": (str, "Training problems: names in data/ (node) or data/tiny/ (laptop) or .jsonl files; commas between."),
     "eval_data": (str, "The evaluation sets, in the same way."),
     "template": (["chat", "plain"], "How a prompt is made: by the model's chat template, or without special tokens."),
     "enable_thinking": (ON_OFF, "Whether the chat template lets the model think; off: it writes an empty thought."),
@@ -64,10 +61,7 @@ FLAGS = {  # all scripts share them. Defaults stand in the script; of those that
     "eval_every": (COUNT, "Training steps between two evaluations; the first comes before, the last after training."),
     "eval_samples": (COUNT, "Responses to each evaluation problem, n; the accuracy is their mean, avg@n."),
     "eval_pass_k": (NATURAL, "The k of pass@k, whether one of k responses is right, unbiased from n; 0 takes k = n."),
-    "eval_temperature": (
-        number(float, 1e-3),
-        "Temperature of sampling in evaluations; they are greedy with --eval_top_k 1.",
-    ),
+    "eval_temperature": (number(float, 1e-3), "Temperature in evaluations; they are greedy with --eval_top_k 1."),
     "eval_top_p": (SHARE, "As --top_p, in evaluations."),
     "eval_top_k": (NATURAL, "As --top_k, in evaluations."),
     "eval_max_response_len": (COUNT, "Tokens at which a response is truncated in evaluations."),

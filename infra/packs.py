@@ -47,11 +47,13 @@ class Pack:
         for prompt, ids in [(tuple(batch[i].problem["prompt_ids"]), batch[i].ids) for i in indices]:
             if prompt not in prompts:
                 prompts[prompt] = len(pieces)
-                pieces, positions = [*pieces, torch.tensor(prompt)], [*positions, torch.arange(len(prompt))]
+                pieces.append(torch.tensor(prompt))
+                positions.append(torch.arange(len(prompt)))
             self.layout += [prompts[prompt], len(pieces)]
-            pieces, positions = [*pieces, ids], [*positions, torch.arange(len(ids)) + len(prompt)]
+            pieces.append(ids)
+            positions.append(torch.arange(len(ids)) + len(prompt))
         if not pieces:  # an empty pack trains nothing, but takes part
-            pieces, positions, self.layout = [torch.zeros(1, dtype=torch.long)], [torch.zeros(1, dtype=torch.long)], [0]
+            pieces, positions, self.layout = [torch.arange(1)], [torch.arange(1)], [0]
         self.pieces = [len(piece) for piece in pieces]
         lengths = torch.tensor([self.pieces[i] for i in self.layout]).view(max(1, len(indices)), -1).sum(1)
         self.longest, ends = int(lengths.max()), lengths.cumsum(0)

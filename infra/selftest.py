@@ -60,8 +60,8 @@ def check_bos(args, model, tokenizer, prompts):
     """Ends the run, with status 2, where prompts lack the BOS that their model was trained with: its responses would be
     nonsense, as Gemma's are. Evidence is how probable prompts are with and without: many a configuration names a token
     that its model has never seen."""
-    words = model.lm.get_input_embeddings().num_embeddings
-    for bos in {tokenizer.bos_token_id, model.lm.config.get_text_config().bos_token_id} & set(range(words)):
+    known = {tokenizer.bos_token_id, model.lm.config.get_text_config().bos_token_id} - {None}
+    for bos in sorted(i for i in known if i < model.lm.get_input_embeddings().num_embeddings):
         some = [p[: PAST + SHORT] for p in prompts if len(p) > SHORT and p[0] != bos][:SHORT]
         packs = pack_of(some, SHORT), pack_of([[bos, *p] for p in some], SHORT + 1)
         without, after = (float(model(pack, 1.0)[0].mean()) for pack in packs)
