@@ -47,9 +47,7 @@ def start(args):
         tokenizer = load_tokenizer(args)
     problems, eval_problems = load_data(args, *files, tokenizer)
     if any(max(row["prompt_ids"], default=0) >= shape.words for row in problems.rows + eval_problems):
-        fail(
-            f"--model {args.model}: its tokenizer has more tokens than its embedding, {shape.words}, and prompts use them"
-        )
+        fail(f"--model {args.model}: its tokenizer has more tokens than its embedding, {shape.words}, in prompts too")
     sys.excepthook = functools.partial(explain, args, shape)
     warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process saves a checkpoint alone
     accelerator = join_processes(args, shape)

@@ -62,12 +62,12 @@ def parse_args(argv=None):
     return args
 
 
-def start_engine(args):
+def start_engine(args, tokenizer, problems):
     """-> an engine with the weights of --model, where nobody trains"""
-    shape, tokenizer = plan.read_shape(args), load_tokenizer(args)
+    shape = plan.read_shape(args)
     common.join_processes(args, shape, alone=True)
     model = policy.Policy(policy.load_lm(args, compute_dtype()).to(device()))
-    check_bos(args, model, tokenizer, [row["prompt_ids"] for row in load_problems(args.files[0], tokenizer, args)])
+    check_bos(args, model, tokenizer, [problem["prompt_ids"] for problem in problems])
     model.cpu()  # the GPU is the engine's
     engine = common.make_engine(args, tokenizer, shape, alone=True)
     engine.wake()
@@ -94,12 +94,13 @@ def count_right(engine, pool, problems, samples):
 
 
 def main(argv=None):
-    args, engine, pool = parse_args(argv), None, rewards.GradePool()
+    args, tokenizer, engine, pool = parse_args(argv), None, None, rewards.GradePool()
     for path in args.files:
         if args.keep and counts_file(path).exists():
             continue
-        engine = engine or start_engine(args)
-        problems = load_problems(path, engine.tokenizer, args)
+        tokenizer = tokenizer or load_tokenizer(args)
+        problems = load_problems(path, tokenizer, args)
+        engine = engine or start_engine(args, tokenizer, problems)
         rows, parts = [], range(0, len(problems), PART)
         for i in tqdm(parts, desc=path.stem, unit=f" x {PART} problems", disable=rank() > 0):
             rows += count_right(engine, pool, problems[i : i + PART], args.samples)

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
+import weakref
 from collections import Counter
 from pathlib import Path
 
@@ -34,11 +35,13 @@ class Log:
     def __init__(self, args, first_step, eval_problems, shape, tokenizer):
         self.args, self.folder, self.shape, self.tokenizer = args, Path(args.out), shape, tokenizer
         self.first_step, self.eval_problems, self.told = first_step, eval_problems, False
-        self.lock = os.open(self.folder, os.O_RDONLY)
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB) if rank() == 0 else None
-        except BlockingIOError:
-            fail(f"--resume {self.folder}: another process goes on with this run already")
+        if rank() == 0:
+            lock = os.open(self.folder, os.O_RDONLY)
+            weakref.finalize(self, os.close, lock)  # a second run in this process may go on with the first
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                fail(f"--resume {self.folder}: another process goes on with this run already")
         for name in ("metrics", "samples", "clipped", "tokens") if rank() == 0 else ():
             path = self.folder / f"{name}.jsonl"  # later steps are done again; a line truncated by a crash goes too
             rows = read_jsonl(path, damaged=lambda number: None) if path.exists() else []
