@@ -36,7 +36,7 @@ DEFAULTS = {  # flag: (laptop, node). Node is the paper. What it leaves open is 
     "clip_low": (0.2, 0.2),  # section 4.1
     "clip_high": (0.28, 0.28),  # sections 3.1 and 4.1: Clip-Higher
     "overlong": ("penalty", "penalty"),  # section 3.4
-    "overlong_buffer": (32, 4096),  # section 4.1
+    "overlong_buffer": (40, 4096),  # section 4.1
     "dynamic_sampling": ("on", "on"),  # section 3.2
     "max_resample": (4, 9),  # open; the authors' recipe gives up after 10 rounds, of three times as many prompts
     "wrong_reward": (-1, -1),  # equation 7
@@ -62,7 +62,7 @@ DEFAULTS = {  # flag: (laptop, node). Node is the paper. What it leaves open is 
     "top_p": (1.0, 1.0),  # open; the authors' recipe (section 4.1 evaluates with 0.7)
     "top_k": (0, 0),  # open; the authors' recipe
     "max_prompt_len": (64, 2048),  # open; the authors' recipe
-    "max_response_len": (128, 20480),  # section 4.1: 16,384 and the buffer
+    "max_response_len": (192, 20480),  # section 4.1: 16,384 and the buffer
     "seed": (1, 42),  # the study's
     "eval_every": (40, 20),  # open
     "eval_samples": (1, 8),  # the study's; the paper: 32
@@ -70,7 +70,7 @@ DEFAULTS = {  # flag: (laptop, node). Node is the paper. What it leaves open is 
     "eval_temperature": (1.0, 0.99),  # the study's: 0.99 in training (section 4.1: 1.0)
     "eval_top_p": (1.0, 0.99),  # the study's (section 4.1: 0.7)
     "eval_top_k": (0, 100),  # as the temperature
-    "eval_max_response_len": (128, 20480),  # as in training
+    "eval_max_response_len": (192, 20480),  # as in training
     "save_every": (20, 20),  # the study's
 }
 

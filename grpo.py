@@ -53,7 +53,7 @@ DEFAULTS = {  # flag: (laptop, node). Node is the paper. What it leaves open is 
     "top_p": (1.0, 1.0),  # open
     "top_k": (0, 0),  # open
     "max_prompt_len": (64, 2048),  # open; room for every problem
-    "max_response_len": (128, 1024),  # section 4.2
+    "max_response_len": (192, 1024),  # section 4.2
     "seed": (1, 42),  # the study's
     "eval_every": (40, 20),  # open
     "eval_samples": (1, 8),  # the study's
@@ -61,7 +61,7 @@ DEFAULTS = {  # flag: (laptop, node). Node is the paper. What it leaves open is 
     "eval_temperature": (1.0, 0.99),  # the study's, as its training
     "eval_top_p": (1.0, 0.99),  # as the temperature
     "eval_top_k": (0, 100),  # as the temperature
-    "eval_max_response_len": (128, 8192),  # the study's
+    "eval_max_response_len": (192, 8192),  # the study's
     "save_every": (20, 20),  # the study's
 }
 

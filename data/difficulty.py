@@ -36,7 +36,7 @@ DEFAULTS = {  # flag: (laptop, node). What the runs start from: the same as in l
     "top_p": (1.0, 0.99),
     "top_k": (0, 100),
     "max_prompt_len": (64, 2048),
-    "max_response_len": (128, 8192),
+    "max_response_len": (192, 8192),
     "seed": (1, 42),
 }
 SAMPLES = 8  # responses a problem, section 3.1

@@ -1,15 +1,19 @@
-"""The laptop world: small sums in words, and two models of half a million parameters that know how to do them.
+"""The laptop world: small sums in words, and two models of a fifth of a million parameters that know how to do them.
 
 Real base models can solve a problem in eight tries and still fail it in one; they slip, guess, forget the box and ramble on.
 This world has the same mechanisms at a size where two CPU cores see them in minutes:
 
     problem   what is 17 + 5 - 8?
-    solution  17 + 5 = 22. then 22 - 8 = 14. so the answer is \\boxed{14}.
+    solution  17 + 5 = 22. then 22 - 8 = 14. the answer is \\boxed{14}.
+    rambling  17 + 5 = 22. wait 17 + 5 = 22. wait 17 + 5 = 22. wait 17 + 5 = 22. wait ...
 
-`base` learned from careless solutions in few phrasings, `aligned` from cleaner, longer ones in many phrasings, so that its next
-word is less certain. Both can do every tier; neither does it reliably. That gap between pass@8 and pass@1 is what RL can close.
+Both models can do every tier; neither does it reliably. That gap between pass@8 and pass@1 is what RL can close. `base` has one
+phrasing, slips, and loses the thread, above all after a slip, so that its wrong answers ramble to the limit. `aligned` slips and
+rambles seldom and has many phrasings, so that its next word is less certain. HABITS, by which they were taught, are fitted to
+where the paper's models start, in the table that this prints (START), and to nothing that a training run does.
 
-    python data/tiny.py        rebuilds data/tiny/ from nothing: problems, tokenizer, both models, pass rates (at the end of this file)
+    python data/tiny.py             rebuilds data/tiny/ from nothing: problems, tokenizer, both models, the table of where they start
+    python data/tiny.py --measure   the table alone
 """
 
 import argparse
@@ -92,77 +96,102 @@ def make_problems():
 
 # ---------------------------------------------------------------------------------------------------- solutions
 
-# How the two models were taught. Chances: `slip` a wrong result in one step, `guess` a number without any work, `skip` two
-# steps at once, `nobox` an answer without its box, `endless` an ending said again and again, `check` a step checked backwards.
-STYLES = {
-    "base": dict(slip=0.12, guess=0.15, skip=0.05, nobox=0.05, endless=0.10, check=0.0),
-    "aligned": dict(slip=0.04, guess=0.02, skip=0.02, nobox=0.02, endless=0.04, check=0.15),
+HABITS = {  # chances. Of a response: `guess` no work at all, `nobox` no box, `endless` the answer said again. Of a step: `slip` ten
+    # too much or too little, `lost` the thread is lost, `confused` the same after a slip. Of a repetition: `found` it ends; then
+    # `quits` a guess. `able` is what both learn first: to calculate and to ramble, without a mistake
+    "able": dict(guess=0, nobox=0, endless=0.04, slip=0, lost=0.04, confused=0, found=0.08, quits=0.5),
+    "base": dict(guess=0.05, nobox=0.05, endless=0.04, slip=0.15, lost=0.10, confused=0.5, found=0.03, quits=0.5),
+    "aligned": dict(guess=0.01, nobox=0.02, endless=0.01, slip=0.08, lost=0.004, confused=0.02, found=0.2, quits=0.3),
 }
-LINKS = {  # what may stand before a step, and how likely it is to be anything at all
-    "base": (["then", "so", "and", "therefore"], 0.5),
-    "aligned": (["then", "so", "now", "next", "and", "therefore", "after that", "but wait", "if so", "thus"], 0.8),
+STYLES = "base", "aligned"
+WORDS = {  # chances: `link` a word before a step, `comma` before that word, not a full stop, `plus` the operator in a word
+    "base": dict(link=0.3, comma=0, plus=0),
+    "aligned": dict(link=0.6, comma=0.3, plus=0.1),
+}
+LINKS = {  # of these and of what follows the kth is k ** -ZIPF times as likely as the first
+    "base": ["then", "so"],
+    "aligned": ["then", "so", "now", "and", "next", "therefore", "after that", "thus", "if so", "but"],
 }
 STEPS = {
-    "base": ["{a} {op} {b} = {c}.", "{a} {op} {b} is {c}."],
+    "base": ["{a} {op} {b} = {c}."],
     "aligned": [
         "{a} {op} {b} = {c}.",
         "{a} {op} {b} is {c}.",
         "{a} {op} {b} gives {c}.",
         "we have {a} {op} {b} = {c}.",
-        "the total of {a} {op} {b} is {c}.",
-        "from {a} {op} {b} we get {c}.",
+        "with {a} {op} {b} we get {c}.",
     ],
 }
 ENDINGS = {
-    "base": ["so the answer is {x}.", "the answer is {x}."],
+    "base": ["the answer is {x}."],
     "aligned": [
         "so the answer is {x}.",
         "therefore the answer is {x}.",
-        "thus the total is {x}.",
-        "this is the answer: {x}.",
-        "and that is it, the answer is {x}.",
+        "the total is {x}.",
+        "thus we get {x}.",
+        "and that is it: {x}.",
     ],
 }
-GUESSES = ["the answer is {x}.", "so the answer is {x}."]
-ENDLESS_WORDS = 150  # far past any limit: the model learns that such an ending never stops
+ZIPF = 1.5  # words are as rare as in any language
+SLIPS = {"base": [-10, 10], "aligned": [-10, 10, -1, 1]}
+ENDLESS_WORDS = 200  # far past any limit: the model learns that this never stops
 
 
-def equation(total, term):
-    return dict(a=total, op="+" if term > 0 else "-", b=abs(term))
+def pick(rng, choices):
+    return rng.choices(choices, [k**-ZIPF for k in range(1, len(choices) + 1)])[0]
 
 
-def slipped(rng, value):
-    return max(0, value + rng.choice([-10, -2, -1, 1, 2, 10]))
+def slipped(rng, value, style):
+    return min(LARGEST_TOTAL, max(0, value + rng.choice(SLIPS[style])))
 
 
-def make_solution(rng, terms, style, careful=False):
-    """One worked solution in the words of `style`, right or (unless careful) perhaps wrong, and whether it ever stops."""
-    chance = dict.fromkeys(STYLES[style], 0.0) if careful else STYLES[style]
+def guessed(rng, value):
+    return max(0, value + rng.choice([-20, -10, -3, -2, -1, 1, 2, 3, 10, 20]))
+
+
+def say_again(rng, sentence, found):
+    """-> the sentence over and over, and whether that ever ends"""
+    again = []
+    while len(again) * len(sentence.split()) < ENDLESS_WORDS:
+        again.append(f"wait {sentence}")
+        if rng.random() < found:
+            return again, True
+    return again, False
+
+
+def make_solution(rng, terms, style, habits=None):
+    """One worked solution in the words of `style`, with these habits or its own -> text, whether it ever stops"""
+    chance = HABITS[habits or style]
+
+    def ending(value):
+        boxed = str(value) if rng.random() < chance["nobox"] else rf"\boxed{{{value}}}"
+        return pick(rng, ENDINGS[style]).format(x=boxed)
+
     if rng.random() < chance["guess"]:
-        return rng.choice(GUESSES).format(x=rf"\boxed{{{slipped(rng, sum(terms))}}}"), True
-    links, how_often = LINKS[style]
-    sentences, total, i = [], terms[0], 1
-    while i < len(terms):
-        jump = 2 if i + 1 < len(terms) and rng.random() < chance["skip"] else 1
-        result = total + sum(terms[i : i + jump])
-        if rng.random() < chance["slip"] * jump:
-            result = slipped(rng, result)
-        left = total if jump == 1 else f"{total} {write_out([1, terms[i]])[2:]}"
-        sentence = rng.choice(STEPS[style]).format(**(equation(left, terms[i + jump - 1]) | dict(c=result)))
-        if sentences and rng.random() < how_often:
-            sentence = f"{rng.choice(links)} {sentence}"
+        return ending(guessed(rng, sum(terms))), True
+    sentences, total, clear = [], terms[0], True
+    for term in terms[1:]:
+        result, spoken = total + term, rng.random() < WORDS[style]["plus"]
+        if rng.random() < chance["slip"]:
+            result, clear = slipped(rng, result, style), False
+        op = ("plus" if spoken else "+") if term > 0 else ("minus" if spoken else "-")
+        sentence = pick(rng, STEPS[style]).format(a=total, op=op, b=abs(term), c=result)
+        if sentences and rng.random() < WORDS[style]["link"]:
+            sentence = f"{pick(rng, LINKS[style])} {sentence}"
+            if rng.random() < WORDS[style]["comma"]:
+                sentences[-1] = sentences[-1].removesuffix(".") + ","
         sentences.append(sentence)
-        if rng.random() < chance["check"] and jump == 1:
-            back = equation(result, -terms[i])
-            sentences.append("wait, check: {a} {op} {b} = {c}. it is right.".format(**back, c=result - terms[i]))
-        total, i = result, i + jump
-    boxed = str(total) if rng.random() < chance["nobox"] else rf"\boxed{{{total}}}"
-    sentences.append(rng.choice(ENDINGS[style]).format(x=boxed))
-    endless = rng.random() < chance["endless"]
-    if endless:  # half of them say the ending over and over, half a step, and never come to an end
-        again = sentences[-1] if rng.random() < 0.5 else sentences[-2]
-        sentences = sentences[: sentences.index(again)] + [again] * (ENDLESS_WORDS // len(again.split()))
-    return " ".join(sentences), not endless
+        total = result
+        if rng.random() < chance["lost" if clear else "confused"]:
+            again, ends = say_again(rng, sentence, chance["found"])
+            sentences += again
+            if not ends:
+                return " ".join(sentences), False
+            if rng.random() < chance["quits"]:
+                return " ".join([*sentences, ending(guessed(rng, sum(terms)))]), True
+    sentences.append(ending(total))
+    again, ends = say_again(rng, sentences[-1], chance["found"]) if rng.random() < chance["endless"] else ([], True)
+    return " ".join(sentences + again), ends
 
 
 # ---------------------------------------------------------------------------------------------------- tokenizer
@@ -178,8 +207,8 @@ TEMPLATE = (  # the system message is read by real models; this one knows its on
 
 def make_tokenizer():
     words = {w for w in " ".join(sum([*STEPS.values(), *ENDINGS.values()], [])).split()}
-    words |= {w for links, _ in LINKS.values() for link in links for w in link.split()}
-    words |= set("what is wait check it right".split())
+    words |= {w for links in LINKS.values() for link in links for w in link.split()}
+    words |= set("what is wait plus minus".split())
     words = sorted({"".join(c for c in w if c.isalpha()) for w in words if "{" not in w} - {""})
     plain = words + list("0123456789+-=") + ["\\boxed{"]
     vocab = SPECIAL + plain + [f" {p}" for p in plain] + list("}.,:?")
@@ -200,18 +229,18 @@ def make_tokenizer():
 
 # ---------------------------------------------------------------------------------------------------- training
 
-LONGEST = 192  # tokens of a training example; an endless solution is truncated here, without EOS
+LONGEST = 240  # tokens of a training example; an endless solution is truncated here, without EOS
 BATCH = 32  # small batches learn carrying and borrowing in fewer examples
-ABLE = 4500  # optimizer steps on careful solutions in the words of both: what the two models have in common
-CARELESS = 800  # then on the solutions of one of them, mistakes included
+ABLE = 5000, 2e-3  # optimizer steps and learning rate, in the words of both: what the two models have in common
+OWN = 1200, 6e-4  # then with the habits of one of them. At 1e-3 they forgot how to copy a number (LOG.md)
 
 
 def make_model(tokenizer):
     config = Qwen3Config(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=3,
+        hidden_size=96,
+        intermediate_size=256,
+        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,
@@ -224,12 +253,12 @@ def make_model(tokenizer):
     return Qwen3ForCausalLM(config)
 
 
-def examples(tokenizer, held_out, seed, style=None):
-    """Endless batches of (input ids, labels), of careful solutions in all styles or of one style as it is.
+def examples(tokenizer, held_out, habits):
+    """Endless batches of (input ids, labels): solutions with these habits, those of `able` in the words of both models.
 
     Eight batches at a time are sorted by length, so that little is padding.
     """
-    rng = random.Random(seed)
+    rng = random.Random(habits)
     tiers = [SETS[tier][:4] for tier in ("easy", "medium", "hard")]
     while True:
         rows = []
@@ -237,7 +266,7 @@ def examples(tokenizer, held_out, seed, style=None):
             terms = make_terms(rng, *rng.choice(tiers))
             if write_out(terms) in held_out:
                 continue
-            solution, ends = make_solution(rng, terms, style or rng.choice(list(STYLES)), careful=style is None)
+            solution, ends = make_solution(rng, terms, rng.choice(STYLES) if habits == "able" else habits, habits)
             prompt = tokenizer.encode(f"<|user|>what is {write_out(terms)}?<|assistant|>")
             answer = tokenizer.encode(solution) + [tokenizer.eos_token_id] * ends
             rows.append((len(prompt), (prompt + answer)[:LONGEST]))
@@ -268,56 +297,101 @@ def pretrain(model, batches, steps, learning_rate, name):
         bar.set_postfix(loss=f"{loss.item():.3f}")
 
 
-def measure(style):
-    """Prints pass@1 and pass@8 of a model on the evaluation sets, at temperature 1 and the limit of the laptop scale."""
-    settings = dict(model=str(FOLDER / style), temperature=1.0, top_p=1.0, top_k=0, max_response_len=128, seed=0)
+# ---------------------------------------------------------------------------------------------------- where training starts
+
+LIMIT = 192  # tokens of a response on a laptop: 4 to 9 times a right one, as 8,192 are in the paper
+OPEN = 0.85  # a token less probable than this was a choice
+START = {  # what is measured: (base models, aligned ones, where that stands). Numbers of arXiv 2508.08221, version 3, unless said
+    "pass@1": (
+        "0.4-0.5 MATH-500, 0.03-0.06 AIME",
+        "0.9 MATH-500, 0.4-0.5 AIME",
+        "figures 8 and 12, where the axes begin",
+    ),
+    "pass@8": ("near 1 where it is easy", "near 1", "figure 2: few problems are solved never"),
+    "reward std": ("0.24 easy to 0.48 hard", "", "figure 5, while training"),
+    "length of right responses": ("1,000 to 2,000 of 8,192", "2,000 to 6,000 of 8,192", "figure 3"),
+    "length of wrong ones / right": ("well above 1", "about 1", "figures 14 and 16; arXiv 2509.07558"),
+    "spread of lengths, 95 % / 5 %": ("5 to 10", "", "arXiv 2509.07558"),
+    "truncated": ("some, to the limit", "few", "figure 14; no number"),
+    "truncated that loop": ("0.3 to 1", "0.3 to 1", "figure 14"),
+    "truncated that are right": ("some", "", "figure 16; no number"),
+    "entropy (nats)": ("0.05 to 0.30", "0.05 to 0.30", "figure 7"),
+    "tokens of p >= 0.99": ("0.92 (4B), 0.74 (8B)", "0.54 (4B), 0.45 (8B)", "figures 9 and 20"),
+    "words among open tokens": ("", "most", "figure 10: connectives and function words are clipped"),
+}
+
+
+def measure(style, sets=("eval_easy", "eval_medium", "eval_hard"), problems=100):
+    """-> {what of START: [its value on each set]}, of 8 responses to each problem at temperature 1"""
+    settings = dict(model=str(FOLDER / style), temperature=1.0, top_p=1.0, top_k=0, max_response_len=LIMIT, seed=0)
     settings |= dict(vllm_tensor_parallel=1, max_prompt_len=64, template="chat", enable_thinking="on")
     args = argparse.Namespace(**settings)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(FOLDER / style)
-    engine = engines.HfEngine(args, tokenizer)
-    for name in SETS:
-        if name.startswith("eval_"):
-            problems = load_problems(FOLDER / f"{name}.jsonl", tokenizer, args)
-            batch = engine.generate(problems, 8, step=0)
-            right = torch.tensor([rewards.math_reward(r.text, r.problem["answer"]) for r in batch]).view(-1, 8)
-            length, truncated = (
-                sum(len(r.ids) for r in batch) / len(batch),
-                sum(r.truncated for r in batch) / len(batch),
-            )
-            scores = f"pass@1 {right.mean():.2f}  pass@8 {right.amax(1).mean():.2f}"
-            print(f"{style:8s} {name:12s} {scores}  length {length:5.1f}  truncated {truncated:.3f}")
+    engine, found = engines.HfEngine(args, tokenizer), {name: [] for name in START}
+    for name in sets:
+        batch = engine.generate(load_problems(FOLDER / f"{name}.jsonl", tokenizer, args)[:problems], 8, step=0)
+        right = torch.tensor([rewards.math_reward(r.text, r.problem["answer"]) for r in batch])  # (N,)
+        lengths = torch.tensor([float(len(r.ids)) for r in batch])  # (N,)
+        cut = [(r, ok) for r, ok in zip(batch, right.tolist()) if r.truncated]
+        words = [tokenizer.decode(i).strip() for r in batch for i in r.ids[r.engine_logp < math.log(OPEN)]]
+        logp = torch.cat([r.engine_logp for r in batch])
+        values = [
+            right.mean(),
+            right.view(-1, 8).amax(1).mean(),
+            right.std(),
+            lengths[right > 0].mean(),
+            lengths[right == 0].mean() / lengths[right > 0].mean(),
+            lengths.quantile(0.95) / lengths.quantile(0.05),
+            len(cut) / len(batch),
+            sum(rewards.repeats(r.ids) for r, _ in cut) / max(1, len(cut)),
+            sum(ok for _, ok in cut) / max(1, len(cut)),
+            -logp.mean(),
+            (logp >= math.log(0.99)).float().mean(),
+            sum(not set(word) & set("0123456789<") for word in words) / len(words),
+        ]
+        for row, value in zip(found.values(), values, strict=True):
+            row.append(float(value))
+    return found
+
+
+def write_start():
+    """Measures both models, prints the table and keeps it in start.json"""
+    found = {style: measure(style) for style in STYLES}
+    (FOLDER / "start.json").write_text(json.dumps(found, indent=1) + "\n")
+    print("\n".join(start_table(found)))
+
+
+def start_table(found):
+    """-> the lines of a table: the paper's numbers beside those of `measure`, easy, medium, hard"""
+    lines = ["| before training | base: paper | base: here | aligned: paper | aligned: here | the paper's from |"]
+    for name, (*theirs, source) in START.items():
+        ours = [", ".join(f"{x:.3g}" if x >= 10 else f"{x:.2f}" for x in found[style][name]) for style in STYLES]
+        cells = [name, theirs[0], ours[0], theirs[1], ours[1], source]
+        lines += ["|---" * len(cells) + "|"] * (len(lines) == 1) + [f"| {' | '.join(cells)} |"]
+    return lines
 
 
 def main():
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    torch.set_num_threads(2)  # the order of additions, and so the last bits of the weights, depend on it
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--measure", action="store_true", help="only the table, of the models that are there")
+    torch.set_num_threads(1)  # the order of additions, and so the last bits of the weights, depend on it
+    if not p.parse_args().measure:
+        make_models(make_problems(), make_tokenizer())
+    write_start()
+
+
+def make_models(held_out, tokenizer):
     FOLDER.mkdir(exist_ok=True)
-    held_out, tokenizer = make_problems(), make_tokenizer()
     torch.manual_seed(0)
     able = make_model(tokenizer)
     able.generation_config.eos_token_id = tokenizer.eos_token_id
-    pretrain(able, examples(tokenizer, held_out, "able"), ABLE, 2e-3, "able")
+    pretrain(able, examples(tokenizer, held_out, "able"), *ABLE, "able")
     for style in STYLES:
         model = copy.deepcopy(able)
-        pretrain(model, examples(tokenizer, held_out, style, style), CARELESS, 1e-3, style)
+        pretrain(model, examples(tokenizer, held_out, style), *OWN, style)
         model.save_pretrained(FOLDER / style)
         tokenizer.save_pretrained(FOLDER / style)
-        measure(style)
 
 
 if __name__ == "__main__":
     main()
-
-# What it printed, on two cores of an x86-64 server without a GPU (13 minutes beside other work):
-# base     eval_easy    pass@1 0.61  pass@8 1.00  length  20.3  truncated 0.022
-# base     eval_medium  pass@1 0.36  pass@8 0.95  length  27.5  truncated 0.021
-# base     eval_hard    pass@1 0.15  pass@8 0.71  length  38.2  truncated 0.033
-# base     eval_plus    pass@1 0.32  pass@8 0.90  length  27.9  truncated 0.016
-# base     eval_minus   pass@1 0.18  pass@8 0.65  length  28.0  truncated 0.021
-# base     eval_long    pass@1 0.01  pass@8 0.11  length  45.1  truncated 0.034
-# aligned  eval_easy    pass@1 0.88  pass@8 1.00  length  25.5  truncated 0.003
-# aligned  eval_medium  pass@1 0.68  pass@8 1.00  length  44.7  truncated 0.008
-# aligned  eval_hard    pass@1 0.36  pass@8 0.90  length  68.7  truncated 0.034
-# aligned  eval_plus    pass@1 0.72  pass@8 1.00  length  45.9  truncated 0.014
-# aligned  eval_minus   pass@1 0.36  pass@8 0.82  length  45.1  truncated 0.010
-# aligned  eval_long    pass@1 0.01  pass@8 0.12  length  87.4  truncated 0.089

@@ -2,7 +2,7 @@
 
     pip install --no-deps --target .trl trl==1.16.0 && PYTHONPATH=.trl python tests/bench_trl.py
 
-Each side samples 16 x 8 responses of up to 128 tokens from the same model and problems, grades them with the same function and takes
+Each side samples 16 x 8 responses of up to 192 tokens from the same model and problems, grades them with the same function and takes
 four optimizer steps on them: Lite PPO's advantages and loss, no KL. TRL runs without gradient checkpointing and logging, with
 transformers' `generate`, which is its fastest where vLLM has no GPU. Start-up, evaluations, checkpoints and the first steps of a round are not counted.
 
@@ -38,7 +38,7 @@ def gpu():
 
 
 def lengths():  # -> steps of a round; those not counted; tokens of the longest response
-    return (8, 2, 8192) if gpu() else (24, 4, 128)
+    return (8, 2, 8192) if gpu() else (24, 4, 192)
 
 
 def force_lengths(limit):

@@ -93,13 +93,13 @@ def refused(monkeypatch, capsys, tmp_path):
         ("--enable_thinking", "off"),  # the template knows no such switch
         ("--group_size", "1"),  # with a group-level normalization
         ("--minibatches", "7"),  # 128 responses
-        ("--tokens_per_gpu", "100"),  # the longest sequence has 192
+        ("--tokens_per_gpu", "100"),  # the longest sequence has 256
         ("--prompts_per_step", "2001"),  # more than there are problems; divisible by --minibatches
         ("--model", "no/such/folder"),
         ("--data", "no_such_set"),
         ("--eval_data", "eval_easy,no_such_set"),
         ("--max_prompt_len", "5"),
-        ("--max_prompt_len", "2000"),  # with 128 more than the model's positions
+        ("--max_prompt_len", "2000"),  # with 192 more than the model's positions
     ],
 )
 def test_flag(refused, flag, value):
@@ -124,7 +124,7 @@ def test_flag(refused, flag, value):
         (grpo, "--dynamic_sampling", "on", []),
         (dapo, "--overlong_buffer", "0", []),
         (dapo, "--overlong_buffer", "-8", []),
-        (dapo, "--overlong_buffer", "129", []),  # the limit is 128
+        (dapo, "--overlong_buffer", "193", []),  # the limit is 192
         (dapo, "--overlong_buffer", "32", ["--max_response_len", "31"]),
         (dapo, "--max_resample", "0", []),
         (dapo, "--max_resample", "-1", []),

@@ -8,6 +8,7 @@ import argparse
 import ast
 import difflib
 import io
+import json
 import re
 import subprocess
 import sys
@@ -311,6 +312,12 @@ def models():
     return [*lines, f"| sampled by vLLM too, in the gate | {'; '.join(VLLM)} |"]
 
 
+def start():
+    from data import tiny
+
+    return tiny.start_table(json.loads((tiny.FOLDER / "start.json").read_text()))
+
+
 def study():
     import study
 
@@ -328,7 +335,7 @@ PAGES = {
         "figures": lambda: study().figures_markdown(),
         "metrics": metrics,
     },
-    "data/README.md": {"data": data, "models": models},
+    "data/README.md": {"data": data, "models": models, "start": start},
     "tests/README.md": {"plan": node_plan, "constants": constants, "agreement": agreement, "museum": museum},
     "LOG.md": {"index": log_index},
 }

@@ -156,7 +156,7 @@ def test_the_checkpoint_is_a_model(finished):
 
     [folder] = (finished / "checkpoints").iterdir()  # the last one only
     assert folder.name == "step_000004"
-    assert AutoModelForCausalLM.from_pretrained(folder).config.hidden_size == 128
+    assert AutoModelForCausalLM.from_pretrained(folder).config.hidden_size == 96
     assert AutoTokenizer.from_pretrained(folder).decode([5]) != ""
 
 
