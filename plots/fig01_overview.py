@@ -9,12 +9,12 @@ Lite PPO beats DAPO: not seen, -0.020 [-0.043, +0.008].
 
 Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node shows the paper's:
 
-    accelerate launch grpo.py --data easy --minibatches 8 --steps 40 --eval_every 10
-    accelerate launch dapo.py --data easy --minibatches 8 --steps 40 --eval_every 10
-    accelerate launch lite_ppo.py --data easy --minibatches 8 --steps 40 --eval_every 10
-    accelerate launch grpo.py --data hard --minibatches 8 --steps 40 --eval_every 10
-    accelerate launch dapo.py --data hard --minibatches 8 --steps 40 --eval_every 10
-    accelerate launch lite_ppo.py --data hard --minibatches 8 --steps 40 --eval_every 10
+    accelerate launch grpo.py --data easy --minibatches 8 --lr 3e-5 --steps 120 --eval_every 20
+    accelerate launch dapo.py --data easy --minibatches 8 --lr 3e-5 --steps 120 --eval_every 20
+    accelerate launch lite_ppo.py --data easy --minibatches 8 --lr 3e-5 --steps 120 --eval_every 20
+    accelerate launch grpo.py --data hard --minibatches 8 --lr 3e-5 --steps 120 --eval_every 20
+    accelerate launch dapo.py --data hard --minibatches 8 --lr 3e-5 --steps 120 --eval_every 20
+    accelerate launch lite_ppo.py --data hard --minibatches 8 --lr 3e-5 --steps 120 --eval_every 20
 """
 
 import sys

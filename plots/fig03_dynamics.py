@@ -8,12 +8,12 @@ the base model gains more than the aligned one: seen, +0.200 [+0.189, +0.208].
 
 Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node shows the paper's:
 
-    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --data easy --minibatches 8 --steps 40 --eval_every 10
-    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --data medium --minibatches 8 --steps 40 --eval_every 10
-    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --data hard --minibatches 8 --steps 40 --eval_every 10
-    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --model data/tiny/aligned --data easy --minibatches 8 --steps 40 --eval_every 10
-    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --model data/tiny/aligned --data medium --minibatches 8 --steps 40 --eval_every 10
-    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --model data/tiny/aligned --data hard --minibatches 8 --steps 40 --eval_every 10
+    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --data easy --minibatches 8 --lr 3e-5 --steps 120 --eval_every 20
+    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --data medium --minibatches 8 --lr 3e-5 --steps 120 --eval_every 20
+    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --data hard --minibatches 8 --lr 3e-5 --steps 120 --eval_every 20
+    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --model data/tiny/aligned --data easy --minibatches 8 --lr 3e-5 --steps 120 --eval_every 20
+    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --model data/tiny/aligned --data medium --minibatches 8 --lr 3e-5 --steps 120 --eval_every 20
+    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --model data/tiny/aligned --data hard --minibatches 8 --lr 3e-5 --steps 120 --eval_every 20
 """
 
 import sys
@@ -34,10 +34,9 @@ CLAIMS = [
         "easy",
         {"kind": "base"},
         "rollout/response_len",
-        5,
-        change=True,
+        "gain",
     ),
-    Claim("the base model gains more than the aligned one", "kind", "base", "aligned", change=True),
+    Claim("the base model gains more than the aligned one", "kind", "base", "aligned", measure="gain"),
 ]
 
 

@@ -8,15 +8,15 @@ group-level beats none: opposite, -0.024 [-0.036, -0.011].
 
 Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node shows the paper's:
 
-    accelerate launch lite_ppo.py --norm none --loss_agg seq_mean --data easy --minibatches 8 --steps 40 --eval_every 10
-    accelerate launch lite_ppo.py --norm batch_mean_batch_std --loss_agg seq_mean --data easy --minibatches 8 --steps 40 --eval_every 10
-    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --data easy --minibatches 8 --steps 40 --eval_every 10
-    accelerate launch lite_ppo.py --norm none --loss_agg seq_mean --data hard --minibatches 8 --steps 40 --eval_every 10
-    accelerate launch lite_ppo.py --norm batch_mean_batch_std --loss_agg seq_mean --data hard --minibatches 8 --steps 40 --eval_every 10
-    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --data hard --minibatches 8 --steps 40 --eval_every 10
-    accelerate launch lite_ppo.py --norm none --loss_agg seq_mean --model data/tiny/aligned --data medium --minibatches 8 --steps 40 --eval_every 10
-    accelerate launch lite_ppo.py --norm batch_mean_batch_std --loss_agg seq_mean --model data/tiny/aligned --data medium --minibatches 8 --steps 40 --eval_every 10
-    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --model data/tiny/aligned --data medium --minibatches 8 --steps 40 --eval_every 10
+    accelerate launch lite_ppo.py --norm none --loss_agg seq_mean --data easy --minibatches 8 --lr 3e-5 --steps 120 --eval_every 20
+    accelerate launch lite_ppo.py --norm batch_mean_batch_std --loss_agg seq_mean --data easy --minibatches 8 --lr 3e-5 --steps 120 --eval_every 20
+    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --data easy --minibatches 8 --lr 3e-5 --steps 120 --eval_every 20
+    accelerate launch lite_ppo.py --norm none --loss_agg seq_mean --data easy,medium,hard --prompts_per_step 32 --group_size 4 --minibatches 8 --lr 3e-5 --steps 120 --eval_every 20
+    accelerate launch lite_ppo.py --norm batch_mean_batch_std --loss_agg seq_mean --data easy,medium,hard --prompts_per_step 32 --group_size 4 --minibatches 8 --lr 3e-5 --steps 120 --eval_every 20
+    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --data easy,medium,hard --prompts_per_step 32 --group_size 4 --minibatches 8 --lr 3e-5 --steps 120 --eval_every 20
+    accelerate launch lite_ppo.py --norm none --loss_agg seq_mean --model data/tiny/aligned --data medium --minibatches 8 --lr 3e-5 --steps 120 --eval_every 20
+    accelerate launch lite_ppo.py --norm batch_mean_batch_std --loss_agg seq_mean --model data/tiny/aligned --data medium --minibatches 8 --lr 3e-5 --steps 120 --eval_every 20
+    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --model data/tiny/aligned --data medium --minibatches 8 --lr 3e-5 --steps 120 --eval_every 20
 """
 
 import sys
@@ -31,6 +31,14 @@ METRICS = ["rollout/accuracy"]
 CLAIMS = [
     Claim("group-level beats batch-level", "norm", "group_mean_group_std", "batch_mean_batch_std", takeaway=1),
     Claim("group-level beats none", "norm", "group_mean_group_std", "none", takeaway=1),
+    Claim(
+        "batch-level falls deeper from its best than group-level",
+        "norm",
+        "batch_mean_batch_std",
+        "group_mean_group_std",
+        measure="drop",
+        takeaway=1,
+    ),
 ]
 
 

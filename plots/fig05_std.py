@@ -9,10 +9,10 @@ on hard data it is the same without std: seen, +0.005 [-0.007, +0.018].
 
 Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node shows the paper's:
 
-    accelerate launch lite_ppo.py --norm batch_mean_batch_std --loss_agg seq_mean --data easy --minibatches 8 --steps 40 --eval_every 10
-    accelerate launch lite_ppo.py --norm batch_mean --loss_agg seq_mean --data easy --minibatches 8 --steps 40 --eval_every 10
-    accelerate launch lite_ppo.py --norm batch_mean_batch_std --loss_agg seq_mean --data hard --minibatches 8 --steps 40 --eval_every 10
-    accelerate launch lite_ppo.py --norm batch_mean --loss_agg seq_mean --data hard --minibatches 8 --steps 40 --eval_every 10
+    accelerate launch lite_ppo.py --norm batch_mean_batch_std --loss_agg seq_mean --data easy --minibatches 8 --lr 3e-5 --steps 120 --eval_every 20
+    accelerate launch lite_ppo.py --norm batch_mean --loss_agg seq_mean --data easy --minibatches 8 --lr 3e-5 --steps 120 --eval_every 20
+    accelerate launch lite_ppo.py --norm batch_mean_batch_std --loss_agg seq_mean --data hard --minibatches 8 --lr 3e-5 --steps 120 --eval_every 20
+    accelerate launch lite_ppo.py --norm batch_mean --loss_agg seq_mean --data hard --minibatches 8 --lr 3e-5 --steps 120 --eval_every 20
 """
 
 import sys
@@ -26,7 +26,14 @@ SIZES = "4B", "8B"
 METRICS = ["reward/std"]
 CLAIMS = [
     Claim(
-        "the rewards vary less on easy data at the end (std)", "data", "hard", "easy", {}, "reward/std", 5, takeaway=2
+        "the rewards vary less on easy data at the end (std)",
+        "data",
+        "hard",
+        "easy",
+        {},
+        "reward/std",
+        "end",
+        takeaway=2,
     ),
     Claim(
         "on easy data it is better without std",

@@ -2,19 +2,17 @@
 
 Question: an upper clip of 0.28 against 0.20, base and aligned models: which ends higher?
 Paper: aligned models gain; base models do not, or are harmed (takeaway 4).
-(The clip figures take 16 updates a step at 2e-4, where the bounds clip enough to matter, and training is unstable: LOG.md.)
+(The clip figures take 128 updates of 8 responses on a rollout of 1,024, where the bounds clip most with training still stable: LOG.md.)
 
 Here: 0.28 helps the aligned model: not seen, -0.010 [-0.066, +0.050];
 0.28 does not help the base model: not seen, -0.022 [-0.139, +0.043].
 
 Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node shows the paper's:
 
-    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --data medium --clip_high 0.2 --minibatches 16 --lr 2e-4 --steps 40 --eval_every 10
-    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --data medium --clip_high 0.28 --minibatches 16 --lr 2e-4 --steps 40 --eval_every 10
-    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --model data/tiny/aligned --data medium --clip_high 0.2 --minibatches 16 --lr 2e-4 --steps 40 --eval_every 10
-    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --model data/tiny/aligned --data medium --clip_high 0.28 --minibatches 16 --lr 2e-4 --steps 40 --eval_every 10
-    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --model data/tiny/aligned --data easy --clip_high 0.2 --minibatches 16 --lr 2e-4 --steps 40 --eval_every 10
-    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --model data/tiny/aligned --data easy --clip_high 0.28 --minibatches 16 --lr 2e-4 --steps 40 --eval_every 10
+    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --data medium --clip_high 0.2 --prompts_per_step 128 --minibatches 128 --lr 1e-4 --steps 30 --eval_every 5
+    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --data medium --clip_high 0.28 --prompts_per_step 128 --minibatches 128 --lr 1e-4 --steps 30 --eval_every 5
+    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --model data/tiny/aligned --data medium --clip_high 0.2 --prompts_per_step 128 --minibatches 128 --lr 1e-4 --steps 30 --eval_every 5
+    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --model data/tiny/aligned --data medium --clip_high 0.28 --prompts_per_step 128 --minibatches 128 --lr 1e-4 --steps 30 --eval_every 5
 """
 
 import sys
@@ -27,7 +25,7 @@ from table import Table
 SIZES = "4B", "8B"
 METRICS = ["rollout/accuracy", "train/clip_high"]
 CLAIMS = [
-    Claim("0.28 helps the aligned model", "clip_high", "0.28", "0.2", {"kind": "aligned"}, takeaway=4),
+    Claim("0.28 helps the aligned model", "clip_high", "0.28", "0.2", {"kind": "aligned"}, takeaway=4, small=0.01),
     Claim(
         "0.28 does not help the base model", "clip_high", "0.28", "0.2", {"kind": "base"}, takeaway=4, expect="no more"
     ),

@@ -3,7 +3,7 @@
 Question: what share of the sampled tokens had a probability of 0.99 or more, 0.95 to 0.99, ...; base and aligned, upper clip 0.20 and 0.28?
 Paper: in aligned models far fewer tokens are near certain, and fewer under 0.28, so that there is more for Clip-Higher to act on.
 (Over all steps of a run; the paper says "initial stage".)
-(The clip figures take 16 updates a step at 2e-4, where the bounds clip enough to matter, and training is unstable: LOG.md.
+(The clip figures take 128 updates of 8 responses on a rollout of 1,024, where the bounds clip most with training still stable: LOG.md.
 The probabilities are those of sampling: on a node of what top_p and top_k leave.)
 
 Here: base has more near-certain tokens: opposite, -0.017 [-0.025, -0.007];
@@ -11,10 +11,10 @@ Here: base has more near-certain tokens: opposite, -0.017 [-0.025, -0.007];
 
 Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node shows the paper's:
 
-    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --data medium --clip_high 0.2 --minibatches 16 --lr 2e-4 --steps 40 --eval_every 10
-    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --data medium --clip_high 0.28 --minibatches 16 --lr 2e-4 --steps 40 --eval_every 10
-    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --model data/tiny/aligned --data medium --clip_high 0.2 --minibatches 16 --lr 2e-4 --steps 40 --eval_every 10
-    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --model data/tiny/aligned --data medium --clip_high 0.28 --minibatches 16 --lr 2e-4 --steps 40 --eval_every 10
+    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --data medium --clip_high 0.2 --prompts_per_step 128 --minibatches 128 --lr 1e-4 --steps 30 --eval_every 5
+    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --data medium --clip_high 0.28 --prompts_per_step 128 --minibatches 128 --lr 1e-4 --steps 30 --eval_every 5
+    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --model data/tiny/aligned --data medium --clip_high 0.2 --prompts_per_step 128 --minibatches 128 --lr 1e-4 --steps 30 --eval_every 5
+    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --model data/tiny/aligned --data medium --clip_high 0.28 --prompts_per_step 128 --minibatches 128 --lr 1e-4 --steps 30 --eval_every 5
 """
 
 import sys
@@ -28,8 +28,8 @@ from table import Table
 SIZES = "4B", "8B"
 METRICS = [r"rollout/prob_\d+"]
 CLAIMS = [
-    Claim("base has more near-certain tokens", "kind", "base", "aligned", {}, "rollout/prob_99", 500),
-    Claim("0.28 leaves fewer of them", "clip_high", "0.2", "0.28", {}, "rollout/prob_99", 500),
+    Claim("base has more near-certain tokens", "kind", "base", "aligned", {}, "rollout/prob_99"),
+    Claim("0.28 leaves fewer of them", "clip_high", "0.2", "0.28", {}, "rollout/prob_99"),
 ]
 BINS = {"0": "<.3", "30": ".3-.6", "60": ".6-.85", "85": ".85-.95", "95": ".95-.99", "99": ">=.99"}
 
@@ -41,7 +41,7 @@ def draw(rows):
     for ax, name in zip(axes[0], panels):
         mine = [c for c in table.commands if panel(c) == name]
         for k, command in enumerate(mine):
-            scores = [list(table.last(command, f"rollout/prob_{low}", 500).values()) for low in BINS]
+            scores = [list(table.value(command, f"rollout/prob_{low}", "area").values()) for low in BINS]
             if not all(scores):
                 continue
             means = [100 * sum(s) / len(s) for s in scores]

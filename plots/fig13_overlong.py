@@ -2,7 +2,7 @@
 
 Question: with limits of 8, 16 and 20 thousand tokens, is it better to leave truncated responses out?
 Paper: at 8 thousand yes, and responses get shorter; at 20 thousand hardly, and they get longer (takeaway 8).
-(Here 56, 72 and 128 tokens: the first truncates a quarter of the right solutions of hard problems, and more of the aligned model's, which
+(Here 56, 96 and 192 tokens: the first truncates a quarter of the right solutions of hard problems, and more of the aligned model's, which
 are longer; the last only what never ends. The evaluation has the limit of the training. The paper does not name its data: hard here.)
 
 Here: under the short limit the filter helps the base model: not seen, +0.006 [-0.009, +0.015];
@@ -13,14 +13,14 @@ base, long limit: longer with it (tokens): not seen, +5.995 [-0.679, +15.505].
 
 Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node shows the paper's:
 
-    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --data hard --max_response_len 56 --eval_max_response_len 56 --minibatches 8 --steps 40 --eval_every 10
-    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --data hard --max_response_len 56 --eval_max_response_len 56 --overlong filter --minibatches 8 --steps 40 --eval_every 10
-    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --data hard --max_response_len 72 --eval_max_response_len 72 --minibatches 8 --steps 40 --eval_every 10
-    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --data hard --max_response_len 72 --eval_max_response_len 72 --overlong filter --minibatches 8 --steps 40 --eval_every 10
-    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --data hard --max_response_len 128 --eval_max_response_len 128 --minibatches 8 --steps 40 --eval_every 10
-    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --data hard --max_response_len 128 --eval_max_response_len 128 --overlong filter --minibatches 8 --steps 40 --eval_every 10
-    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --model data/tiny/aligned --data hard --max_response_len 56 --eval_max_response_len 56 --minibatches 8 --steps 40 --eval_every 10
-    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --model data/tiny/aligned --data hard --max_response_len 56 --eval_max_response_len 56 --overlong filter --minibatches 8 --steps 40 --eval_every 10
+    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --data hard --max_response_len 56 --eval_max_response_len 56 --minibatches 8 --lr 3e-5 --steps 120 --eval_every 20
+    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --data hard --max_response_len 56 --eval_max_response_len 56 --overlong filter --minibatches 8 --lr 3e-5 --steps 120 --eval_every 20
+    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --data hard --max_response_len 96 --eval_max_response_len 96 --minibatches 8 --lr 3e-5 --steps 120 --eval_every 20
+    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --data hard --max_response_len 96 --eval_max_response_len 96 --overlong filter --minibatches 8 --lr 3e-5 --steps 120 --eval_every 20
+    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --data hard --max_response_len 192 --eval_max_response_len 192 --minibatches 8 --lr 3e-5 --steps 120 --eval_every 20
+    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --data hard --max_response_len 192 --eval_max_response_len 192 --overlong filter --minibatches 8 --lr 3e-5 --steps 120 --eval_every 20
+    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --model data/tiny/aligned --data hard --max_response_len 56 --eval_max_response_len 56 --minibatches 8 --lr 3e-5 --steps 120 --eval_every 20
+    accelerate launch lite_ppo.py --norm group_mean_group_std --loss_agg seq_mean --model data/tiny/aligned --data hard --max_response_len 56 --eval_max_response_len 56 --overlong filter --minibatches 8 --lr 3e-5 --steps 120 --eval_every 20
 """
 
 import sys
@@ -44,6 +44,7 @@ CLAIMS = [
         "keep",
         SHORT | {"kind": "aligned"},
         takeaway=8,
+        small=0.01,
     ),
     Claim(
         "under the long limit it does not help the base model",
@@ -54,8 +55,28 @@ CLAIMS = [
         takeaway=8,
         expect="no more",
     ),
-    Claim("base, short limit: shorter with it (tokens)", "overlong", "keep", "filter", SHORT, LENGTH, 10, takeaway=8),
-    Claim("base, long limit: longer with it (tokens)", "overlong", "filter", "keep", LONG, LENGTH, 10, takeaway=8),
+    Claim(
+        "base, short limit: shorter with it (tokens)",
+        "overlong",
+        "keep",
+        "filter",
+        SHORT,
+        LENGTH,
+        "end",
+        takeaway=8,
+        small=1,
+    ),
+    Claim(
+        "base, long limit: longer with it (tokens)",
+        "overlong",
+        "filter",
+        "keep",
+        LONG,
+        LENGTH,
+        "end",
+        takeaway=8,
+        small=1,
+    ),
 ]
 
 

@@ -10,12 +10,10 @@ Here: 1/-1 helps batch-level normalization: not seen, +0.003 [-0.000, +0.007];
 
 Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node shows the paper's:
 
-    accelerate launch lite_ppo.py --norm batch_mean_batch_std --loss_agg seq_mean --data easy --minibatches 8 --steps 40 --eval_every 10
-    accelerate launch lite_ppo.py --norm batch_mean_batch_std --loss_agg seq_mean --data easy --wrong_reward -1 --minibatches 8 --steps 40 --eval_every 10
-    accelerate launch lite_ppo.py --norm batch_mean_batch_std --loss_agg seq_mean --data medium --minibatches 8 --steps 40 --eval_every 10
-    accelerate launch lite_ppo.py --norm batch_mean_batch_std --loss_agg seq_mean --data medium --wrong_reward -1 --minibatches 8 --steps 40 --eval_every 10
-    accelerate launch lite_ppo.py --norm none --loss_agg seq_mean --data easy --minibatches 8 --steps 40 --eval_every 10
-    accelerate launch lite_ppo.py --norm none --loss_agg seq_mean --data easy --wrong_reward -1 --minibatches 8 --steps 40 --eval_every 10
+    accelerate launch lite_ppo.py --norm batch_mean_batch_std --loss_agg seq_mean --data easy --minibatches 8 --lr 3e-5 --steps 120 --eval_every 20
+    accelerate launch lite_ppo.py --norm batch_mean_batch_std --loss_agg seq_mean --data easy --wrong_reward -1 --minibatches 8 --lr 3e-5 --steps 120 --eval_every 20
+    accelerate launch lite_ppo.py --norm none --loss_agg seq_mean --data easy --minibatches 8 --lr 3e-5 --steps 120 --eval_every 20
+    accelerate launch lite_ppo.py --norm none --loss_agg seq_mean --data easy --wrong_reward -1 --minibatches 8 --lr 3e-5 --steps 120 --eval_every 20
 """
 
 import sys
@@ -30,7 +28,13 @@ SIZES = ("8B",)
 METRICS = ["rollout/accuracy"]
 CLAIMS = [
     Claim(
-        "1/-1 helps batch-level normalization", "wrong_reward", "-1", "0", {"norm": "batch_mean_batch_std"}, takeaway=1
+        "1/-1 helps batch-level normalization",
+        "wrong_reward",
+        "-1",
+        "0",
+        {"norm": "batch_mean_batch_std"},
+        takeaway=1,
+        small=0.01,
     ),
     Claim("1/-1 helps without normalization", "wrong_reward", "-1", "0", {"norm": "none"}),
 ]

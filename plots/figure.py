@@ -8,7 +8,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 from launch import ROOT, at_node, commands, folder_name, launch
-from table import collect_rows, read_table, write_table
+from table import collect_rows, finished, read_table, write_table
 
 FIGURES = ROOT / "plots" / "figures"
 
@@ -19,7 +19,7 @@ def positive(text):
     return int(text)
 
 
-def parse(doc):
+def parse(doc, takeaways=()):
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--run", action="store_true", help="start the runs that are missing, and make the table from them")
     p.add_argument(
@@ -39,6 +39,14 @@ def parse(doc):
         type=Path,
         help="folder of tables and pictures [plots/figures; with --run RUNS/figures, RUNS/figures_node, RUNS/figures_STEPS]",
     )
+    if takeaways:
+
+        def some(text):
+            if not (found := {int(number) for number in text.split(",")}) <= set(takeaways):
+                raise argparse.ArgumentTypeError(f"{text}: give some of {','.join(map(str, takeaways))}")
+            return found
+
+        p.add_argument("--claims", type=some, help="only the figures of these takeaways, such as 1,4; 9 is Lite PPO")
     args = p.parse_args()
     args.seeds = args.seeds or {"laptop": 5, "node": 1}[args.scale]
     other = ["node"] * (args.scale == "node") + [str(args.steps)] * bool(args.steps)
@@ -70,17 +78,44 @@ def run(modules, args):
     found = [
         (command, seed, full, args.runs.absolute() / folder_name(full)) for command, seed, full in runs_of(usual, args)
     ]
-    todo = [(full, out) for out, full in {out: full for _, _, full, out in found}.items()]  # no folder twice
+    kept = {module: rows_of_runs(module, args) for module in usual}
+    todo = {
+        out: full for c, seed, full, out in found if any((c, seed) not in kept[m] for m in shown_in(c, usual, args))
+    }
+    todo = [(full, out) for out, full in todo.items()]  # no folder twice
     failed = launch(todo, 1 if node else args.jobs, ("accelerate", "launch") if node else (sys.executable,))
     for module in modules:
         mine = [(c, seed, out) for c, seed, _, out in found if c in commands_at(module, args.scale)]
-        make = getattr(module, "collect", lambda mine, module=module: collect_rows(mine, module.METRICS))
         try:
-            write_table(table_path(module, args.out), make(mine) if module in usual else module.run(args))
+            rows = merged_rows(module, mine, kept[module], args) if module in usual else module.run(args)
+            write_table(table_path(module, args.out), rows)
         except (OSError, ValueError, LookupError, subprocess.CalledProcessError) as error:  # of one figure, not of all
             print(f"{module.__name__}: no table; {type(error).__name__}: {error}", file=sys.stderr)
             failed += 1
     return failed
+
+
+def shown_in(command, modules, args):
+    return [module for module in modules if command in commands_at(module, args.scale)]
+
+
+def rows_of_runs(module, args):
+    """-> {(command, seed): its rows} of the runs that a figure's table has; one of which nothing but its name is there is missing"""
+    found, path = {}, table_path(module, args.out)
+    for row in read_table(path) if path.is_file() else []:
+        values = [value for name, value in row.items() if name not in ("command", "seed", "commit")]
+        if set(values) != {None} and row["command"] in commands_at(module, args.scale):
+            found.setdefault((row["command"], int(row["seed"])), []).append(row)
+    return found
+
+
+def merged_rows(module, mine, kept, args):
+    """-> the rows of a figure's table: of the runs that are there, and of those that only the table has"""
+    kept = {run: rows for run, rows in kept.items() if run not in {(c, seed) for c, seed, out in mine if finished(out)}}
+    make = getattr(module, "collect", lambda mine: collect_rows(mine, module.METRICS))
+    rows = make([run for run in mine if run[:2] not in kept]) + [row for rows in kept.values() for row in rows]
+    order = commands_at(module, args.scale)
+    return sorted(rows, key=lambda row: (row["seed"], order.index(row["command"])))
 
 
 def table_path(module, folder):

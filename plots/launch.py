@@ -24,19 +24,29 @@ USUAL = {  # what a command has where it does not say: the scripts' own defaults
     "model": "data/tiny/base",
     "norm": "group_mean_batch_std",
     "loss_agg": "token_mean",
+    "clip_low": "0.2",
     "clip_high": "0.2",
     "overlong": "keep",
     "wrong_reward": "0",
-    "max_response_len": "128",
+    "max_response_len": "192",
 }
-LAPTOP_ONLY = "minibatches", "steps", "eval_every", "lr"  # on a node these are the paper's, the scripts' defaults
+LAPTOP_ONLY = (
+    "prompts_per_step",
+    "minibatches",
+    "steps",
+    "eval_every",
+    "lr",
+)  # on a node these are the paper's, the scripts' defaults
 MODELS = {"data/tiny/base": "Qwen/Qwen3-{}-Base", "data/tiny/aligned": "Qwen/Qwen3-{}"}
-LIMITS = {"56": "8192", "72": "16384", "128": "20480"}  # tokens, figure 13; laptop: node
+LIMITS = {"56": "8192", "96": "16384", "192": "20480"}  # tokens, figure 13; laptop: node
 BENCH = (  # puts grpo.py and dapo.py on the study's bench; lite_ppo.py stands on it
     "--prompts_per_step 128 --group_size 8 --minibatches 8 --warmup_steps 50 --weight_decay 0 --temperature 0.99 "
     "--top_p 0.99 --top_k 100 --max_response_len 8192 --eval_max_response_len 8192"
 )
-ON_BENCH = {"grpo.py": [BENCH], "dapo.py": [BENCH, "--overlong_buffer 2048"]}  # a quarter of the limit, as on a laptop
+ON_BENCH = {
+    "grpo.py": [BENCH],
+    "dapo.py": [BENCH, "--overlong_buffer 1638"],
+}  # a fifth of the limit, as DAPO has and a laptop
 
 
 def commands(module):
@@ -56,7 +66,7 @@ def flags_of(command):
     f = USUAL | {"script": script.removesuffix(".py")} | said
     f["kind"] = "base" if f["model"].lower().endswith("base") else "aligned"
     f["size"] = "8B" if "-8B" in f["model"] else "4B"
-    f["limit"] = {"56": "short", "8192": "short", "72": "middle", "16384": "middle"}.get(f["max_response_len"], "long")
+    f["limit"] = {"56": "short", "8192": "short", "96": "middle", "16384": "middle"}.get(f["max_response_len"], "long")
     return f
 
 
@@ -72,7 +82,7 @@ def at_node(command, size):
 def panel(command):
     """What is the same for all lines of one panel: model and data"""
     f = flags_of(command)
-    return f"{Path(f['model']).name}, {f['data']}"
+    return f"{Path(f['model']).name}, {'all tiers' if ',' in f['data'] else f['data']}"
 
 
 def folder_name(command):

@@ -24,6 +24,8 @@ STYLES = {  # value of a flag: label, colour, dashes, marker. Black is the study
     "0.24": ("upper clip 0.24", "#56B4E9", (0, (1, 1)), "^"),
     "0.28": ("upper clip 0.28", "#D55E00", (0, (4, 1.5)), "s"),
     "0.32": ("upper clip 0.32", "#E69F00", (0, (6, 1, 1, 1)), "v"),
+    "low 0.1": ("lower clip 0.10", "#009E73", (0, (4, 1.5)), "^"),
+    "low 0.3": ("lower clip 0.30", "#882255", (0, (6, 1, 1, 1)), "v"),
     "0": ("reward 1 / 0", "black", "-", "o"),
     "-1": ("reward 1 / -1", "#D55E00", (0, (4, 1.5)), "s"),
     "grpo": ("GRPO", "black", "-", "o"),
@@ -39,6 +41,7 @@ NAMES = {  # metric: the label of its axis
     "rollout/response_len": "response length (tokens)",
     "rollout/entropy": "entropy (nats a token)",
     "reward/std": "std of the rewards of a batch",
+    "rollout/truncated": "truncated responses (share)",
     "train/clip_high": "clipped by the upper bound (share)",
 }
 
@@ -68,7 +71,7 @@ def finals(ax, table, series, names):
         at = (k - (len(series) - 1) / 2) * 0.8 / len(series)
         every = []
         for x, name in enumerate(names):
-            if scores := list(table.last(command, f"eval/{name}/accuracy").values()):
+            if scores := list(table.value(command, f"eval/{name}/accuracy").values()):
                 ax.plot(x + at, np.mean(scores), marker, color=colour, markersize=4)
                 if len(scores) >= ENOUGH:
                     ax.plot([x + at] * 2, interval(scores), color=colour, lw=1.2)
@@ -105,10 +108,10 @@ def evals(table):
 
 
 def comparison(table, flag, metrics=("rollout/accuracy",), key=panel):
-    """A row a panel: curves of the metrics, of the evaluations, and final scores; a line for each value of `flag`"""
-    panels = {}
+    """A row a panel: curves of the metrics, of the evaluations, and final scores; a line for each value of `flag`, or what it says"""
+    panels, value_of = {}, flag if callable(flag) else lambda command: flags_of(command)[flag]
     for command in table.commands:
-        panels.setdefault(key(command), []).append((command, flags_of(command)[flag]))
+        panels.setdefault(key(command), []).append((command, value_of(command)))
     figure, axes = grid(len(panels), len(metrics) + 2)
     for row, (name, series) in zip(axes, panels.items()):
         for command, value in series:

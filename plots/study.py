@@ -2,6 +2,7 @@
 
     python plots/study.py                                             draws all pictures again, from their tables
     python plots/study.py --run --jobs 2 --out plots/figures          5 seeds, on a laptop; --scale node prints the paper's runs
+    python plots/study.py --run --jobs 2 --claims 4,7                 the figures of two takeaways
 
 A study that was stopped goes on where it was; the bar says how much time is left. All runs of a seed come before those of the next, so
 that every figure can be drawn early, with fewer seeds. The table of takeaways in plots/README.md is made from the same
@@ -11,49 +12,51 @@ tables (`python tests/test_readme.py --write`).
 import importlib
 from pathlib import Path
 
-from claims import ENOUGH
+import numpy as np
+
+from claims import ENOUGH, FAMILY
 from figure import FIGURES, parse, work
 from panels import grid
-from table import SCORE, Table, read_table
+from table import Table, read_table
 
-TAKEAWAYS = {  # the paper's number: what it says, why a small world may differ. 9 is its claim for Lite PPO
+TAKEAWAYS = {  # the paper's number: what it says, by what it is measured here and why. 9 is its claim for Lite PPO
     1: (
         "With rewards 1 and 0 group-level normalization beats batch-level and none; 1 and -1 repair the batch's",
-        "Not known: without one accuracy rises faster and entropy falls further, with rewards 1 and -1 too. Outliers are "
-        "here as well (-11), but do no harm that shows. That a scale repairs a std cannot be seen: the std undoes it",
+        "The area under the evaluations' curve, as a norm changes how fast one learns, and a collapse costs area; the deepest "
+        "fall, as the paper calls one steadier. The std undoes any scale of the rewards, so that 1 and -1 can change nothing",
     ),
     2: (
         "On easy data leave the std out; on hard data it makes no difference",
-        "A batch's std is one factor of all gradients, which Adam takes out; easy rewards still vary by 0.2 at the end",
+        "The rewards' std at the end, which is the paper's reason; the area, as above",
     ),
     3: (
         "The mean of the group with the std of the batch is the most robust",
-        "A mixed group of 8 has a std of 0.35 to 0.53: that of the group changes weights by a factor of 1.5 at most",
+        "The area; with groups of 4 from all tiers, where groups' stds differ most, and of 8 from hard data, as the paper has",
     ),
     4: (
         "Clip-Higher helps aligned models, whose entropy it keeps, and not base models",
-        "Where the bound clips enough, training is unstable: two runs of a seed differ by up to 0.17. At 1e-4, stable but "
-        "with a sixth of the clipping, +0.008 [-0.015, +0.038] aligned, +0.007 [-0.011, +0.029] base. Why 0.28 leaves "
-        "less entropy is not known",
+        "The entropy of the last ten steps, on which a clip acts itself; the area for what it helps",
     ),
     5: (
         "Under 0.20 connectives are clipped; under 0.28 fewer tokens, and function words",
-        "What is undecided in a sum are its digits",
+        "Counts over a whole run, as the paper's",
     ),
-    6: ("The small aligned model gains with every step of the upper bound up to 0.32", "As for Clip-Higher"),
+    6: (
+        "The small aligned model gains with every step of the upper bound up to 0.32",
+        "The area, by one line through four bounds, not by the best of four",
+    ),
     7: (
         "Token mean for base models, sequence mean for aligned ones",
-        "Lengths differ little: the base model's wrong answers are even shorter at first (38 tokens against 51), where "
-        "the paper's go on and on",
+        "The area, as the paper speaks of convergence, peak and steadiness; the truncated share over the run: under the sequence "
+        "mean a long wrong response has little weight a token, so that rambling should survive",
     ),
     8: (
         "Leaving truncated responses out helps under a short limit, hardly under a long one",
-        "The short limit truncates 69 % of the aligned model's responses at first; left out, they do not teach it to be "
-        "brief. At the long one few are, but in three of five seeds the filter lets responses grow (+6, +8, +17 tokens)",
+        "The area, and the responses' length at the end",
     ),
     9: (
         "Lite PPO beats GRPO and DAPO",
-        "DAPO samples 2 to 4 times as many responses; no run collapses within 40 steps, which sets them apart in the paper",
+        "The area, and the deepest fall: the paper's others peak and collapse. At equal training steps, for which DAPO samples more",
     ),
 }
 
@@ -77,7 +80,7 @@ def all_claims(folder=FIGURES):
 
 def markdown():
     """-> the lines of the table of takeaways in plots/README.md"""
-    lines = ["| | the paper | here: 95 % interval, figure | why it may differ |", "|---|---|---|---|"]
+    lines = ["| | the paper | here: 95 % interval, figure | measured by |", "|---|---|---|---|"]
     every = all_claims()
     for number, (text, why) in TAKEAWAYS.items():
         mine = [(module, claim.sentence(table)) for n, module, claim, table in every if n == number]
@@ -111,33 +114,33 @@ def told(module, folder=FIGURES):
 
 
 def overview(folder, scale):
-    """The effects on accuracy of all claims, by takeaway: mean, interval, seeds as small ticks; shaded where no gain was claimed"""
-    found = sorted((x for x in all_claims(folder) if x[0] and x[2].metric == SCORE), key=lambda x: x[0])
-    figure, axes = grid(1, 1, height=0.27 * len(found))
-    ax, names, bands = axes[0, 0], [], []
+    """All claims by takeaway, in standard deviations over the seeds, which makes points of accuracy, tokens and nats comparable:
+    mean, the 95 % interval, the interval that holds for all claims at once (thin), the seeds as small ticks
+    """
+    found = sorted((x for x in all_claims(folder) if x[0]), key=lambda x: x[0])
+    figure, axes = grid(1, 1, width=11, height=0.27 * len(found))
+    ax, names = axes[0, 0], []
+    looks = {"seen": ("#0072B2", "o"), "opposite": ("#D55E00", "X"), "excluded": ("#009E73", "D")}
+    looks |= {"not seen": ("#999999", "s"), "open": ("#CCCCCC", ".")}
     for y, (number, _, claim, table) in enumerate(found):
-        mean, low, high, n = claim.effect(table)
-        colour = {"seen": "#0072B2", "opposite": "#D55E00", "not seen": "#999999", "open": "#CCCCCC"}[
-            claim.verdict(table)
-        ]
-        mark = {"seen": "o", "opposite": "X", "not seen": "s", "open": "."}[claim.verdict(table)]
-        if claim.expect != "more":
-            bands.append((y, -claim.small if claim.expect == "the same" else -1, claim.small))
-        ax.plot(claim.differences(table), [y] * n, "|", color=colour, markersize=5)
-        if n >= ENOUGH:
-            ax.plot([low, high], [y, y], color=colour, lw=2)
-        ax.plot(mean, y, mark, color=colour, label=claim.verdict(table))
-        names.append(f"{number}: {claim.text}" if number < 9 else claim.text)
-    ends = ax.get_xlim()
-    for y, least, most in bands:
-        ax.barh(y, most - least, left=least, color="#EEEEEE", zorder=0)
-    ax.set_xlim(ends)
+        values, (colour, mark) = np.array(claim.differences(table)), looks[claim.verdict(table)]
+        names.append(f"{number if number < 9 else 'Lite PPO'}: {claim.text} [{claim.measure}]")
+        if len(values) < 2 or not values.std(ddof=1):
+            continue
+        sd = values.std(ddof=1)
+        ax.plot(values / sd, [y] * len(values), "|", color=colour, markersize=5)
+        for level, width in ((0.95, 2.5), (1 - 0.05 / FAMILY, 0.8)) if len(values) >= ENOUGH else ():
+            ax.plot(np.array(claim.effect(table, level)[1:3]) / sd, [y, y], color=colour, lw=width)
+        ax.plot(values.mean() / sd, y, mark, color=colour, label=claim.verdict(table))
     ax.axvline(0, color="black", lw=0.8)
+    ax.set_xscale("symlog", linthresh=3)
     ax.set_yticks(range(len(names)), names)
-    ax.invert_yaxis()
-    ax.set_xlabel("difference in final accuracy, mean of six sets (ticks: the seeds; shaded: counts as none)")
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.set_xlabel(
+        "difference, in standard deviations over the seeds (ticks: the seeds; thin: holds for all claims at once)"
+    )
     shown = dict(zip(*reversed(ax.get_legend_handles_labels())))
-    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncol=3, fontsize=9, frameon=False)
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncol=5, fontsize=9, frameon=False)
     verdicts = [claim.verdict(table) for _, _, claim, table in found]
     counts = ", ".join(f"{verdicts.count(v)} {v}" for v in dict.fromkeys(verdicts))
     figure.suptitle(f"What the paper claims, on a {scale}: {counts}", fontsize=10, x=0.01, ha="left")
@@ -146,8 +149,9 @@ def overview(folder, scale):
 
 
 def main():
-    args = parse(__doc__)
-    failed = work(figures(), args)
+    args = parse(__doc__, takeaways=list(TAKEAWAYS))
+    chosen = [m for m in figures() if args.claims is None or args.claims & {claim.takeaway for claim in m.CLAIMS}]
+    failed = work(chosen, args)
     if args.run or args.scale == "laptop":
         print(overview(args.out, args.scale))
     raise SystemExit(failed > 0)

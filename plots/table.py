@@ -2,19 +2,31 @@
 
 import contextlib
 import csv
+import json
 import math
 import re
-import statistics
 import sys
 from pathlib import Path
 
 import numpy as np
+from scipy import stats
 
 sys.path.append(str(Path(__file__).parent.parent))
 from infra.runs import finished, read_metrics, read_rows  # noqa: E402, F401
 
 SCORE = "eval/mean/accuracy"  # plain mean of the six evaluation sets
-LAST = 2  # evaluations whose mean is a run's final score
+TEXTS = "token", "commit"
+LAST, STEPS = 2, 10  # evaluations whose mean is a run's final score; training steps at its end, or beginning
+MEASURES = {  # name: of a curve with and without its untrained beginning, n values at an end -> a number
+    "area": lambda curve, trained, n: (
+        trained.mean()
+    ),  # under the curve, over its length: learning fast counts, a collapse too
+    "end": lambda curve, trained, n: trained[-n:].mean(),
+    "gain": lambda curve, trained, n: trained[-n:].mean() - curve[: 1 if len(curve) > len(trained) else n].mean(),
+    "drop": lambda curve, trained, n: (
+        np.maximum.accumulate(curve) - curve
+    ).max(),  # the worst, from the highest point before
+}
 
 
 def read_finished(run):
@@ -42,10 +54,17 @@ def collect_rows(runs, metrics):
         if lacks:
             print(f"{run}: has no {', '.join(lacks)}; it is of another version, or logged less", file=sys.stderr)
     return [
-        {"command": command, "seed": seed, "step": row.get("step")} | {name: row.get(name) for name in names}
-        for command, seed, _, rows in found
+        {"command": command, "seed": seed, "commit": commit(run), "step": row.get("step")}
+        | {n: row.get(n) for n in names}
+        for command, seed, run, rows in found
         for row in rows or [{}]  # so that the table knows of a run that is missing
     ]
+
+
+def commit(run):
+    """-> the commit of the code that a run's folder is of, where it is known"""
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads((run / "versions.json").read_text()).get("git")
 
 
 def write_table(path, rows):
@@ -58,11 +77,11 @@ def write_table(path, rows):
 
 
 def read_table(path):
-    """-> the rows; a cell is a number where it can be one, but for a token, which is text"""
+    """-> the rows; a cell is a number where it can be one, but for those that are always text"""
 
     def value(column, text):
         with contextlib.suppress(ValueError):
-            return text if column == "token" else float(text)
+            return text if column in TEXTS else float(text)
         return text or None
 
     with open(path, newline="") as f:
@@ -81,24 +100,13 @@ def smooth(values, window=11, factor=0.8):
     return np.array(smoothed)
 
 
-# quantile .975 of Student's t with 1, 2, ... 9 degrees of freedom
-T975 = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]
-
-
-def interval(values, draws=20_000):
-    """-> (low, high), 95 % for the mean of one number a seed: a percentile bootstrap, its quantiles widened for few seeds.
-
-    Of five values the plain percentile bootstrap covers the mean in 83 % of all cases, this one in 93 % (tests/test_plots.py); of
-    fewer it cannot, as it never leaves their range. After T. Hesterberg, What teachers should know about the bootstrap, arXiv
-    1411.5279. One value has no interval.
-    """
-    values = np.asarray(values, dtype=float)
-    n = len(values)
-    if n < 2:
+def interval(values, level=0.95):
+    """-> (low, high), of Student's t, for the mean of one number a seed; one value has none"""
+    if len(values) < 2:
         return math.nan, math.nan
-    means = np.random.default_rng(0).choice(values, (draws, n)).mean(1)
-    tail = statistics.NormalDist().cdf(-((n / (n - 1)) ** 0.5) * T975[min(n - 2, len(T975) - 1)])
-    return tuple(np.quantile(means, [tail, 1 - tail]).tolist())
+    if np.ptp(values) == 0:
+        return values[0], values[0]
+    return tuple(map(float, stats.t.interval(level, len(values) - 1, np.mean(values), stats.sem(values))))
 
 
 def iqm(values):
@@ -126,7 +134,7 @@ class Table:
                 continue
             mine = seeds.setdefault(int(row["seed"]), {})
             for name, value in row.items():
-                if name not in ("command", "seed", "step") and value is not None:
+                if name not in ("command", "seed", "commit", "step") and value is not None:
                     steps, values = mine.setdefault(name, ([], []))
                     steps.append(int(row["step"]))
                     values.append(value)
@@ -137,16 +145,12 @@ class Table:
         steps, values = aligned([dict(zip(*s[metric])) for s in self.series[command].values() if metric in s])
         return steps, np.array([smooth(v) for v in values]) if smoothed else values
 
-    def last(self, command, metric=SCORE, count=LAST, change=False):
-        """-> {seed: mean of the last `count` values}, of evaluations without that of the untrained model where there are others.
-
-        change: less the mean of the first `count`, of evaluations the first.
-        """
+    def value(self, command, metric=SCORE, measure="end"):
+        """-> {seed: a measure of its curve}; of evaluations without that of the untrained model, where there are others"""
         found, evaluation = {}, metric.startswith("eval/")
         for seed, one in self.series.get(command, {}).items():
             if metric in one:
-                values = one[metric][1]
-                ends = values[1:] or values if evaluation else values
-                first = np.mean(values[: 1 if evaluation else count]) if change else 0.0
-                found[seed] = float(np.mean(ends[-count:]) - first)
+                values = np.array(one[metric][1])
+                trained = values[1:] if evaluation and len(values) > 1 else values
+                found[seed] = float(MEASURES[measure](values, trained, LAST if evaluation else STEPS))
         return found
