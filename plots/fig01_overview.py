@@ -4,8 +4,8 @@ Question: GRPO, DAPO with its five tricks, Lite PPO with two: which ends highest
 Paper: Lite PPO; complexity is not needed.
 (At equal training steps, for which DAPO samples more: figure 15.)
 
-Here: Lite PPO beats GRPO: not seen, -0.002 [-0.020, +0.020];
-Lite PPO beats DAPO: not seen, -0.020 [-0.043, +0.008].
+Here: Lite PPO beats GRPO: excluded (less than 0.014), -0.003 [-0.021, +0.014];
+Lite PPO beats DAPO: excluded (less than 0.005), -0.017 [-0.040, +0.005].
 
 Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node shows the paper's:
 

@@ -8,9 +8,9 @@ tokens for 8 and 20 thousand. The paper's filter is shown on an aligned model, w
 model at the long limit stands beside it. Shares: of all truncated responses of a run where intervals are given, else of all seeds, in
 a curve of the 11 steps before, smoothed.)
 
-Here: more loops of wrong answers at the long limit, base model: seen, +0.578 [+0.536, +0.620];
-the filter lowers them, base model, long limit: not seen, +0.050 [-0.162, +0.311];
-the filter lowers them, aligned model, short limit: not seen, +0.000 [+0.000, +0.000];
+Here: more loops of wrong answers at the long limit, base model: seen, +0.578 [+0.533, +0.623];
+the filter lowers them, base model, long limit: not seen (less than 0.312), +0.050 [-0.212, +0.312];
+the filter lowers them, aligned model, short limit: excluded (less than 0.000), +0.000 [+0.000, +0.000];
 base, hard, long limit, all responses: 1.16% truncated with a right answer, of which 97% loop; 1.07% truncated with a wrong answer, of which 59% loop;
 base, hard, long limit, overlong filter: 2.81% truncated with a right answer, of which 99% loop; 1.80% truncated with a wrong answer, of which 60% loop.
 

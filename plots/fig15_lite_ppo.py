@@ -4,8 +4,10 @@ Question: do group mean, batch std and token mean, without a KL, beat GRPO and D
 Paper: yes; Lite PPO rises steadily where the others peak and collapse.
 (At equal training steps: for each, DAPO samples until it has enough groups to train on. GRPO has its own paper's KL, as this paper's is not known.)
 
-Here: Lite PPO beats GRPO: not seen, -0.002 [-0.020, +0.020];
-Lite PPO beats DAPO: not seen, -0.020 [-0.043, +0.008];
+Here: Lite PPO beats GRPO: excluded (less than 0.014), -0.003 [-0.021, +0.014];
+Lite PPO beats DAPO: excluded (less than 0.005), -0.017 [-0.040, +0.005];
+GRPO falls deeper from its best than Lite PPO: excluded (less than 0.001), -0.005 [-0.010, +0.001];
+DAPO falls deeper from its best than Lite PPO: excluded (less than 0.015), +0.001 [-0.013, +0.015];
 responses that DAPO sampled for a step: 470 (base, easy), 243 (base, hard).
 
 Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node shows the paper's:
