@@ -1,3 +1,4 @@
+import json
 import os
 import shutil
 import subprocess
@@ -23,8 +24,9 @@ SCRIPTS = ["grpo", "dapo", "lite_ppo"]
 INFRA = sorted(path.stem for path in ROOT.glob("infra/*.py"))
 SHARED = ["common.py", *(f"infra/{name}.py" for name in INFRA)]
 BASE = str(ROOT / "data" / "tiny" / "base")
+WORDS = json.loads(Path(BASE, "config.json").read_text())["vocab_size"]
 SMALL = [  # a run of seconds: two steps of sixteen short responses, that learns
-    *("--data", "easy", "--lr", "3e-4"),
+    *("--data", "easy", "--lr", "1e-3"),
     *("--scale", "laptop", "--steps", "2", "--prompts_per_step", "4", "--group_size", "4", "--minibatches", "2"),
     *("--max_response_len", "40", "--eval_data", "eval_easy", "--save_every", "1"),
 ]
@@ -55,8 +57,8 @@ def make_batch(count=12, seed=0, longest=60):
     batch = []
     for i in range(count):
         length = int(torch.randint(1, longest, (1,), generator=g))
-        prompt = torch.randint(5, 90, (int(torch.randint(3, 20, (1,), generator=g)),), generator=g).tolist()
-        ids = torch.randint(5, 90, (length,), generator=g)
+        prompt = torch.randint(5, WORDS, (int(torch.randint(3, 20, (1,), generator=g)),), generator=g).tolist()
+        ids = torch.randint(5, WORDS, (length,), generator=g)
         batch.append(engines.Response({"id": str(i), "prompt_ids": prompt}, ids, torch.zeros(length), i % 5 == 0, ""))
     return batch
 

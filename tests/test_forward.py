@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import BASE, load_policy, make_batch
+from conftest import BASE, WORDS, load_policy, make_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -121,7 +121,7 @@ def test_a_shared_prompt_has_the_gradient_of_all_its_responses(policy):
     batch = []
     for r in single:
         for _ in range(3):
-            ids = torch.randint(5, 90, (int(torch.randint(1, 20, (1,), generator=g)),), generator=g)
+            ids = torch.randint(5, WORDS, (int(torch.randint(1, 20, (1,), generator=g)),), generator=g)
             batch.append(engines.Response(r.problem, ids, torch.zeros(len(ids)), False, ""))
     grads, found = [], []
     for parts in ([range(6)], [[i] for i in range(6)]):

@@ -8,7 +8,7 @@ import os
 
 import pytest
 import torch
-from conftest import BASE, ROOT, SMALL, engine_args, load_policy, run_main
+from conftest import BASE, ROOT, SMALL, WORDS, engine_args, load_policy, run_main
 from safetensors.torch import load_file, save_file
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -144,7 +144,7 @@ def make_model(tmp_path_factory):
 
 def prompts(count=8):
     g = torch.Generator().manual_seed(1)
-    return [torch.randint(5, 90, (n,), generator=g).tolist() for n in range(3, 3 + 3 * count, 3)]
+    return [torch.randint(5, WORDS, (n,), generator=g).tolist() for n in range(3, 3 + 3 * count, 3)]
 
 
 def start_of_a_run(folder, lora_rank=0):
