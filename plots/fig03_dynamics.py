@@ -3,8 +3,8 @@
 Question: how do accuracy and response length develop on easy, medium and hard data, from a base and from an aligned model?
 Paper: harder data make longer responses and other paths of accuracy; aligned models start high and gain little.
 
-Here: responses of the base model grow more on hard data than on easy (tokens): seen, +4.020 [+2.758, +5.282];
-the base model gains more than the aligned one: seen, +0.200 [+0.187, +0.213].
+Here: responses of the base model grow more on hard data than on easy (tokens): open, -16.556 in 1 seed;
+the base model gains more than the aligned one: open, no runs.
 
 Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node shows the paper's:
 

@@ -3,9 +3,9 @@
 Question: does an advantage need a mean and a standard deviation, and those of its group or of the whole batch?
 Paper: of its group, which is steadier and ends higher; under rewards 1 and 0 batch-level normalization is unstable (takeaway 1).
 
-Here: group-level beats batch-level: excluded (less than 0.019), +0.008 [-0.004, +0.019];
-group-level beats none: excluded (less than -0.015), -0.031 [-0.047, -0.015];
-batch-level falls deeper from its best than group-level: not seen (less than 0.021), +0.008 [-0.005, +0.021].
+Here: group-level beats batch-level: open, no runs;
+group-level beats none: open, no runs;
+batch-level falls deeper from its best than group-level: open, no runs.
 
 Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node shows the paper's:
 

@@ -3,9 +3,9 @@
 Question: how large is the standard deviation of a batch's rewards, and what happens without the division by it?
 Paper: on easy data it is small and the division harms; on hard data it stays large and makes no difference (takeaway 2).
 
-Here: the rewards vary less on easy data at the end (std): seen, +0.183 [+0.166, +0.200];
-on easy data it is better without std: not seen (less than 0.028), +0.010 [-0.007, +0.028];
-on hard data it is the same without std: not seen (less than 0.010), +0.003 [-0.005, +0.010].
+Here: the rewards vary less on easy data at the end (std): open, no runs;
+on easy data it is better without std: open, no runs;
+on hard data it is the same without std: open, no runs.
 
 Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node shows the paper's:
 

@@ -6,8 +6,8 @@ Paper: in aligned models far fewer tokens are near certain, and fewer under 0.28
 (The clip figures take 128 updates of 8 responses on a rollout of 1,024, where the bounds clip most with training still stable: LOG.md.
 The probabilities are those of sampling: on a node of what top_p and top_k leave.)
 
-Here: base has more near-certain tokens: excluded (less than -0.007), -0.017 [-0.027, -0.007];
-0.28 leaves fewer of them: excluded (less than 0.015), +0.003 [-0.009, +0.015].
+Here: base has more near-certain tokens: open, no runs;
+0.28 leaves fewer of them: open, no runs.
 
 Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node shows the paper's:
 

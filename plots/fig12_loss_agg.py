@@ -4,8 +4,8 @@ Question: the loss as a mean over tokens or over responses, base and aligned mod
 Paper: tokens for base models, most of all on hard data; responses for aligned ones, in most sets (takeaway 7).
 (Figure 17 of the appendix is the same for another base model, which it does not name.)
 
-Here: token mean is better for the base model: excluded (less than 0.005), -0.011 [-0.027, +0.005];
-sequence mean is better for the aligned model: not seen (less than 0.017), +0.008 [-0.001, +0.017];
+Here: token mean is better for the base model: open, no runs;
+sequence mean is better for the aligned model: open, no runs;
 token mean truncates fewer responses of the base model (share): open, no runs.
 
 Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node shows the paper's:

@@ -5,11 +5,11 @@ Paper: at 8 thousand yes, and responses get shorter; at 20 thousand hardly, and 
 (Here 56, 96 and 192 tokens: the first truncates a quarter of the right solutions of hard problems, and more of the aligned model's, which
 are longer; the last only what never ends. The evaluation has the limit of the training. The paper does not name its data: hard here.)
 
-Here: under the short limit the filter helps the base model: not seen (less than 0.025), +0.010 [-0.006, +0.025];
-under the short limit it helps the aligned model: excluded (less than 0.004), -0.016 [-0.037, +0.004];
-under the long limit it does not help the base model: not seen (less than 0.007), -0.003 [-0.014, +0.007];
-base, short limit: shorter with it (tokens): not seen (less than 1.510), +0.283 [-0.944, +1.510];
-base, long limit: longer with it (tokens): not seen (less than 7.788), +3.296 [-1.195, +7.788].
+Here: under the short limit the filter helps the base model: open, no runs;
+under the short limit it helps the aligned model: open, no runs;
+under the long limit it does not help the base model: open, no runs;
+base, short limit: shorter with it (tokens): open, no runs;
+base, long limit: longer with it (tokens): open, no runs.
 
 Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node shows the paper's:
 

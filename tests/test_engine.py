@@ -147,7 +147,7 @@ def test_top_k_and_top_p(engine):
     policy = shaken(6, 1.0)
     batch = generate(engine, policy, sampling=engines.Sampling(1.0, 0.8, 3, 64))
     assert gap(policy, batch).max() < 1e-4  # never more probable to the trainer: the engine renormalizes
-    assert gap(policy, batch).mean() < -0.1
+    assert gap(policy, batch).mean() < -0.05
 
 
 def test_greedy_and_length(engine):

@@ -459,7 +459,7 @@ def test_vllm_samples_from_it(name, make_model):
 
 @pytest.mark.vllm
 def test_a_full_cache_is_told(make_model, monkeypatch, capsys):
-    """Eight responses of up to 300 tokens in a cache of 512: vLLM puts some off, and what it gives is right all the same."""
+    """32 responses of up to 300 tokens in a cache of 512: vLLM puts some off, and what it gives is right all the same."""
     import vllm
 
     monkeypatch.setattr(vllm, "LLM", functools.partial(vllm.LLM, num_gpu_blocks_override=16, block_size=32))
@@ -471,7 +471,7 @@ def test_a_full_cache_is_told(make_model, monkeypatch, capsys):
         engine.wake()
         engine.load(policy)
         engine.stop = []
-        batch = engine.generate([{"id": str(i), "prompt_ids": ids} for i, ids in enumerate(prompts())], 1, 0)
+        batch = engine.generate([{"id": str(i), "prompt_ids": ids} for i, ids in enumerate(prompts(32))], 1, 0)
         with torch.no_grad():
             logp, _ = policy(packs.Pack(batch, range(len(batch))), 1.0)
         torch.testing.assert_close(logp, torch.cat([r.engine_logp for r in batch]), atol=2e-4, rtol=1e-4)
