@@ -207,7 +207,7 @@ def log_softmax(x, layer, after):
     if cap:
         z = z.div_(cap).tanh_()
         slope, z = (1 - z * z).mul_(scale), z * cap
-    return z.sub_(z.logsumexp(-1, keepdim=True)), slope
+    return z.log_softmax(-1), slope
 
 
 def shard(model, args):

@@ -1,4 +1,5 @@
-"""Seconds a training step and an evaluation of the laptop's size, on one core as in the study, against another checkout.
+"""Seconds a training step and an evaluation of the laptop's size, on one core as in the study, against another checkout; and
+tokens a second, which count where the responses have become longer or shorter.
 
     git worktree add ../before COMMIT
     python tests/bench_rollout.py ../before [STEPS]
@@ -16,14 +17,15 @@ from bench_cores import ROOT, start
 
 ROUNDS = 3
 PHASES = "time/generate", "time/old_logp", "time/update", "time/step", "time/eval"
+RATES = "perf/generate_tokens_per_s", "perf/train_tokens_per_s"
 
 
 def measure(root, steps):
-    """-> {phase: seconds}, of a step the median, of an evaluation the last"""
+    """-> {phase: seconds, rate: tokens/s}, of a step the median, of an evaluation the last"""
     with tempfile.TemporaryDirectory() as scratch:
         assert start(Path(scratch) / "run", steps, root).wait() == 0
         rows = [json.loads(line) for line in (Path(scratch) / "run" / "metrics.jsonl").read_text().splitlines()]
-    found = {phase: statistics.median(row.get(phase, 0) for row in rows[1:-1]) for phase in PHASES[:-1]}
+    found = {name: statistics.median(row.get(name, 0) for row in rows[1:-1]) for name in PHASES[:-1] + RATES}
     return found | {PHASES[-1]: rows[-1][PHASES[-1]]}
 
 
@@ -35,6 +37,9 @@ def main():
         before, after = (statistics.median(pair[i][phase] for pair in pairs) for i in (0, 1))
         each = ", ".join(f"{pair[0][phase] / pair[1][phase]:.2f}" for pair in pairs)
         print(f"{phase:14s} {before:6.2f} s there, {after:6.2f} s here: {before / after:.2f} times as fast ({each})")
+    for rate in RATES:
+        before, after = (statistics.median(pair[i][rate] for pair in pairs) for i in (0, 1))
+        print(f"{rate} {before:,.0f} there, {after:,.0f} here: {after / before:.2f} times as many")
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ def test_more_prompt_tokens_than_one_pass_takes(engine):
 
 
 def test_a_bar_of_what_takes_long(engine, monkeypatch, capsys):
-    monkeypatch.setattr(engines, "progress", functools.partial(engines.progress, delay=0, mininterval=0))
+    monkeypatch.setattr(engines, "progress", functools.partial(engines.progress, delay=0, mininterval=0, miniters=1))
     generate(engine, load_policy(), n=2)
     said = capsys.readouterr().err
     assert "8/8" in said and "toks/s" in said.replace("tokens/s", "toks/s")
