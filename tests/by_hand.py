@@ -28,7 +28,7 @@ BASE = str(ROOT / "data" / "tiny" / "base")
 LIMIT = 1e-3
 FLAGS = (  # in two steps every part has something to do: clips, warm-up, a clipped gradient, truncated responses
     "--scale laptop --data medium --eval_data eval_easy --steps 2 --prompts_per_step 4 --group_size 4 --minibatches 2 "
-    "--lr 2e-3 --weight_decay 0.1 --warmup_steps 3 --max_grad_norm 0.1 --temperature 0.8 --max_response_len 40 "
+    "--lr 2e-3 --weight_decay 0.1 --warmup_steps 3 --max_grad_norm 0.3 --temperature 0.8 --max_response_len 40 "
     "--tokens_per_gpu 160 --clip_low 0.03 --clip_high 0.05"
 ).split()
 
