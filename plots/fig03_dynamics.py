@@ -4,7 +4,7 @@ Question: how do accuracy and response length develop on easy, medium and hard d
 Paper: harder data make longer responses and other paths of accuracy; aligned models start high and gain little.
 
 Here: responses of the base model grow more on hard data than on easy (tokens): open, -16.556 in 1 seed;
-the base model gains more than the aligned one: open, no runs.
+the base model gains more than the aligned one: open, +0.101 in 1 seed.
 
 Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node shows the paper's:
 
