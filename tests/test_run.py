@@ -478,7 +478,7 @@ def test_a_run_goes_on_with_another_number_of_processes(finished, tmp_path):
             assert got[name] == pytest.approx(want[name], rel=1e-4, abs=1e-5), name
 
 
-LEARN = ["--scale", "laptop", "--data", "easy", "--eval_data", "eval_easy", "--steps", "10", "--lr", "3e-4"]
+LEARN = ["--scale", "laptop", "--data", "medium", "--eval_data", "eval_medium", "--steps", "10", "--lr", "3e-4"]
 ENGINES = ["hf", pytest.param("vllm", marks=pytest.mark.vllm)]
 
 
@@ -517,13 +517,13 @@ def test_a_file_of_accelerate_config_changes_nothing(tmp_path):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_ten_steps_with_lora(engine, tmp_path):
-    learn("grpo", 1, "--engine", engine, "--lora_rank", 8, "--lr", 3e-3, "--out", tmp_path / "run")
+    learn("grpo", 1, "--engine", engine, "--lora_rank", 8, "--lr", 1e-3, "--out", tmp_path / "run")
 
 
 def learn(script, processes, *flags):
     torchrun(processes, f"{script}.py", *LEARN, *flags)
     rows = read_metrics(flags[-1])
-    accuracy = [rows[i]["eval/easy/accuracy"] for i in (0, -1)]
+    accuracy = [rows[i]["eval/medium/accuracy"] for i in (0, -1)]
     first, last = (sum(row["rollout/accuracy"] for row in part) / 3 for part in (rows[:3], rows[-4:-1]))
     said = f"{first:.3f} to {last:.3f}, evaluation {accuracy[0]:.3f} to {accuracy[1]:.3f}"
     print(f"{script}, {processes} processes, {' '.join(map(str, flags[:-2]))}: {said}")
