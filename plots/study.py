@@ -124,7 +124,7 @@ def overview(folder, scale):
     looks |= {"not seen": ("#999999", "s"), "open": ("#CCCCCC", ".")}
     for y, (number, _, claim, table) in enumerate(found):
         values, (colour, mark) = np.array(claim.differences(table)), looks[claim.verdict(table)]
-        names.append(f"{number if number < 9 else 'Lite PPO'}: {claim.text} [{claim.measure}]")
+        names.append(f"{number}: " * (number < 9) + f"{claim.text} [{claim.measure}]")
         if len(values) < 2 or not values.std(ddof=1):
             continue
         sd = values.std(ddof=1)
