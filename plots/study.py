@@ -137,7 +137,8 @@ def overview(folder, scale):
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.set_xlabel(
-        "difference, in standard deviations over the seeds (ticks: the seeds; thin: holds for all claims at once)"
+        "difference, in standard deviations over the seeds\n(ticks: the seeds; thin: holds for all claims at once)",
+        fontsize=9,
     )
     shown = dict(zip(*reversed(ax.get_legend_handles_labels())))
     figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncol=5, fontsize=9, frameon=False)
