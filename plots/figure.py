@@ -78,16 +78,16 @@ def run(modules, args):
     found = [
         (command, seed, full, args.runs.absolute() / folder_name(full)) for command, seed, full in runs_of(usual, args)
     ]
+    shown = {module: set(commands_at(module, args.scale)) for module in usual}
+    mine = {module: [(c, seed, out) for c, seed, _, out in found if c in shown[module]] for module in usual}
     kept = {module: rows_of_runs(module, args) for module in usual}
-    todo = {
-        out: full for c, seed, full, out in found if any((c, seed) not in kept[m] for m in shown_in(c, usual, args))
-    }
+    missing = {run[:2] for module in usual for run in mine[module] if run[:2] not in kept[module]}
+    todo = {out: full for c, seed, full, out in found if (c, seed) in missing}
     todo = [(full, out) for out, full in todo.items()]  # no folder twice
     failed = launch(todo, 1 if node else args.jobs, ("accelerate", "launch") if node else (sys.executable,))
     for module in modules:
-        mine = [(c, seed, out) for c, seed, _, out in found if c in commands_at(module, args.scale)]
         try:
-            rows = merged_rows(module, mine, kept[module], args) if module in usual else module.run(args)
+            rows = merged_rows(module, mine[module], kept[module], args) if module in usual else module.run(args)
             write_table(table_path(module, args.out), rows)
         except (OSError, ValueError, LookupError, subprocess.CalledProcessError) as error:  # of one figure, not of all
             print(f"{module.__name__}: no table; {type(error).__name__}: {error}", file=sys.stderr)
@@ -95,16 +95,12 @@ def run(modules, args):
     return failed
 
 
-def shown_in(command, modules, args):
-    return [module for module in modules if command in commands_at(module, args.scale)]
-
-
 def rows_of_runs(module, args):
     """-> {(command, seed): its rows} of the runs that a figure's table has; one of which nothing but its name is there is missing"""
-    found, path = {}, table_path(module, args.out)
+    found, path, commands = {}, table_path(module, args.out), commands_at(module, args.scale)
     for row in read_table(path) if path.is_file() else []:
         values = [value for name, value in row.items() if name not in ("command", "seed", "commit")]
-        if set(values) != {None} and row["command"] in commands_at(module, args.scale):
+        if set(values) != {None} and row["command"] in commands:
             found.setdefault((row["command"], int(row["seed"])), []).append(row)
     return found
 

@@ -17,15 +17,13 @@ from infra.runs import finished, read_metrics, read_rows  # noqa: E402, F401
 SCORE = "eval/mean/accuracy"  # plain mean of the six evaluation sets
 TEXTS = "token", "commit"
 LAST, STEPS = 2, 10  # evaluations whose mean is a run's final score; training steps at its end, or beginning
-MEASURES = {  # name: of a curve with and without its untrained beginning, n values at an end -> a number
-    "area": lambda curve, trained, n: (
-        trained.mean()
-    ),  # under the curve, over its length: learning fast counts, a collapse too
+MEASURES = {  # of a curve with and without its untrained beginning, n values at an end -> a number
+    # under the curve, over its length: learning fast counts, a collapse too
+    "area": lambda curve, trained, n: trained.mean(),
     "end": lambda curve, trained, n: trained[-n:].mean(),
     "gain": lambda curve, trained, n: trained[-n:].mean() - curve[: 1 if len(curve) > len(trained) else n].mean(),
-    "drop": lambda curve, trained, n: (
-        np.maximum.accumulate(curve) - curve
-    ).max(),  # the worst, from the highest point before
+    # the worst, from the highest point before
+    "drop": lambda curve, trained, n: (np.maximum.accumulate(curve) - curve).max(),
 }
 
 
