@@ -47,7 +47,11 @@ def parse(doc, takeaways=()):
             return found
 
         p.add_argument("--claims", type=some, help="only the figures of these takeaways, such as 1,4; 9 is Lite PPO")
+        text = "run and draw the three largest effects alone, with three seeds, two runs at a time; for a class"
+        p.add_argument("--quick", action="store_true", help=text)
     args = p.parse_args()
+    if takeaways and args.quick:
+        args.run, args.seeds, args.jobs = True, 3, 2
     args.seeds = args.seeds or {"laptop": 5, "node": 1}[args.scale]
     other = ["node"] * (args.scale == "node") + [str(args.steps)] * bool(args.steps)
     args.out = args.out or (args.runs / "_".join(["figures", *other]) if args.run else FIGURES)

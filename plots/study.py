@@ -3,6 +3,7 @@
     python plots/study.py                                             draws all pictures again, from their tables
     python plots/study.py --run --jobs 2 --out plots/figures          5 seeds, on a laptop; --scale node prints the paper's runs
     python plots/study.py --run --jobs 2 --claims 4,7                 the figures of two takeaways
+    python plots/study.py --quick                                     the three largest effects with three seeds, for a class
 
 A study that was stopped goes on where it was; the bar says how much time is left. All runs of a seed come before those of the next, so
 that every figure can be drawn early, with fewer seeds. The table of takeaways in plots/README.md is made from the same
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+import quick
 from claims import ENOUGH, FAMILY
 from figure import FIGURES, parse, work
 from panels import grid
@@ -83,10 +85,17 @@ def markdown():
     lines = ["| | the paper | here: 95 % interval, figure | measured by |", "|---|---|---|---|"]
     every = all_claims()
     for number, (text, why) in TAKEAWAYS.items():
-        mine = [(module, claim.sentence(table)) for n, module, claim, table in every if n == number]
-        found = "<br>".join(f"{sentence}, {int(module.__name__[3:5])}" for module, sentence in mine)
+        mine = [(module.__name__, claim.sentence(table)) for n, module, claim, table in every if n == number]
+        found = "<br>".join(f"{sentence}, [{int(name[3:5])}]({name}.py)" for name, sentence in mine)
         lines.append(f"| {number if number < 9 else ''} | {text} | {found} | {why} |")
-    return lines
+    runs, commits = runs_and_commits()
+    return [*lines, "", f"{runs} runs, of the code of {', '.join(commits)}."]
+
+
+def runs_and_commits(folder=FIGURES):
+    """-> how many runs all tables are of, and the commits of their code"""
+    rows = [row for path in sorted(folder.glob("*.csv")) for row in read_table(path) if row.get("commit")]
+    return len({(row["command"], row["seed"]) for row in rows}), sorted({row["commit"] for row in rows})
 
 
 def figures_markdown():
@@ -151,6 +160,8 @@ def overview(folder, scale):
 
 def main():
     args = parse(__doc__, takeaways=list(TAKEAWAYS))
+    if args.quick:
+        raise SystemExit(work([quick.as_figure(quick.largest(all_claims()))], args) > 0)
     chosen = [m for m in figures() if args.claims is None or args.claims & {claim.takeaway for claim in m.CLAIMS}]
     failed = work(chosen, args)
     if args.run or args.scale == "laptop":

@@ -20,6 +20,7 @@ import claims
 import curves
 import figure
 import launch
+import quick
 import report
 import study
 import table as tables
@@ -582,6 +583,49 @@ def test_the_figures_of_some_takeaways(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         study.main()
     assert "give some of 1,2,3,4,5,6,7,8,9" in capsys.readouterr().err
+
+
+def test_the_largest_effects():
+    """In standard deviations over the seeds, of decided claims, each of another takeaway, and the pair that shows it most"""
+    group, batch = "lite_ppo.py --norm group_mean_group_std", "lite_ppo.py --norm batch_mean_batch_std"
+    high = group + " --data hard --clip_high"
+    ends = {
+        f"{group} --data easy": [0.51, 0.52, 0.53, 0.54, 0.55],
+        f"{batch} --data easy": [0.4] * 5,
+        f"{group} --data hard": [0.51, 0.52, 0.53, 0.54, 0.55],
+        f"{batch} --data hard": [0.4, 0.41, 0.42, 0.43, 0.441],
+        f"{high} 0.28": [0.5, 0.6, 0.4, 0.3, 0.5],
+        f"{high} 0.32": [0.3, 0.301, 0.3, 0.3, 0.301],
+    }
+    t = scores(ends)
+    norm = {"flag": "norm", "better": "batch_mean_batch_std", "worse": "group_mean_group_std"}
+    clip = {"flag": "clip_high", "worse": "0.2"}
+    found = [
+        (4, None, claims.Claim("nothing", better="0.28", **clip), t),
+        (6, None, claims.Claim("by a line", better="0.32", between=("0.28",), **clip), t),
+        (0, None, claims.Claim("of no takeaway", better="0.32", **clip), t),
+        (1, None, claims.Claim("worse", **norm), t),
+        (2, None, claims.Claim("no curve", **norm, metric="connectives"), t),
+    ]
+    assert [(claim.text, pair[0]) for claim, pair in quick.largest(found)] == [("worse", f"{batch} --data hard")]
+    found += [(4, None, claims.Claim("larger", better="0.32", **clip), t)]
+    assert [claim.text for claim, _ in quick.largest(found)] == ["worse", "larger"]
+    assert [claim.text for claim, _ in quick.largest(found, 1)] == ["worse"]
+
+
+def test_a_quick_study(tmp_path, monkeypatch, capsys):
+    """Three pairs of commands that the study has too, three seeds each, in one picture"""
+    monkeypatch.setattr(sys, "argv", ["study.py", "--quick", "--runs", str(tmp_path)])
+    fake = lambda todo, jobs, _: [fake_run(run, int(command.split()[-1])) for command, run in todo] and jobs - 2
+    monkeypatch.setattr(figure, "launch", fake)
+    with pytest.raises(SystemExit, match="False"):
+        study.main()
+    assert capsys.readouterr().out.strip() == str(tmp_path / "figures" / "quick.png")
+    rows = tables.read_table(tmp_path / "figures" / "quick.csv")
+    effects = quick.largest(study.all_claims())
+    assert {row["command"] for row in rows} == {command for _, pair in effects for command in pair} <= set(COMMANDS)
+    assert {row["seed"] for row in rows} == {1, 2, 3}
+    assert_drawn(quick.draw(rows, effects), "quick")
 
 
 def test_tables_of_other_runs_do_not_replace_the_laptops(monkeypatch):
