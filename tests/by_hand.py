@@ -1,7 +1,7 @@
 """Two training steps of a script, and again in the plainest way, one response and one token at a time: is the update the same?
 
     python tests/by_hand.py my_paper.py                            flags of the script may follow
-    python tests/by_hand.py my_paper.py --changes my_equations.py
+    python tests/by_hand.py my_paper.py --changes tests/papers/cispo.py
 
 What the engine sampled is taken as it is; from there on nothing of the project is used: rewards by comparing integers, moments by
 Python's `statistics`, log-probabilities from dense logits of one sequence, the loss in a loop over tokens. It prints by how much
@@ -44,7 +44,7 @@ def keep(group, args):  # -> is a group of responses trained on?
     return getattr(args, "dynamic_sampling", "off") == "off" or 0 < sum(map(is_right, group)) < len(group)
 
 
-def reward(response, args):
+def reward(response, old_logp, ref_logp, args):  # (L,) each
     value = 1 if is_right(response) else args.wrong_reward
     if getattr(args, "overlong", "keep") == "penalty":
         soft = args.max_response_len - args.overlong_buffer
@@ -106,11 +106,12 @@ def train_by_hand(args, rollouts, equations):
     for step, sampled in enumerate(rollouts):
         groups = [sampled[i : i + args.group_size] for i in range(0, len(sampled), args.group_size)]
         groups = [group for group in groups if equations.keep(group, args)][: args.prompts_per_step]
-        adv = equations.advantages([[equations.reward(r, args) for r in group] for group in groups], args)
-        todo = [pair for group, group_adv in zip(groups, adv) for pair in zip(group, group_adv)]
+        found = [r for group in groups for r in group]
         with torch.no_grad():
-            old = [logprobs(lm, r, args.temperature) for r, _ in todo]
-            far = [logprobs(ref, r, args.temperature) for r, _ in todo]
+            old, far = ([logprobs(which, r, args.temperature) for r in found] for which in (lm, ref))
+        values = [equations.reward(*what, args) for what in zip(found, old, far)]
+        values = [values[i : i + args.group_size] for i in range(0, len(values), args.group_size)]
+        todo = [*zip(found, [a for group in equations.advantages(values, args) for a in group])]
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1, (step + 1) / max(1, args.warmup_steps))
         first = 0

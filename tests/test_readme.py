@@ -24,6 +24,8 @@ import torch
 from by_hand import load_module
 from conftest import INFRA, ROOT, SCRIPTS, make_parser
 from test_bugs import PATCHES, head
+from test_papers import PAPERS as MORE_PAPERS
+from test_papers import script_of
 from test_plan import config
 from test_structure import source
 from test_trl import CASES, MODULES
@@ -50,6 +52,13 @@ def sizes():
         changed = f"+{count[0]} -{count[1]}" if script != "grpo" else "-"
         paper, arxiv, what = PAPERS[script]
         rows.append(f"| {paper} [{arxiv}] | {counted(f'{script}.py', f'{script}.py')} | {what} | {changed} |")
+    for patch in MORE_PAPERS:
+        (paper, *_, arxiv), what = head(patch, "Paper").split(", "), head(patch, "What")
+        changed = [len(re.findall(rf"^{mark}(?!{mark}{mark} )", patch.read_text(), re.M)) for mark in (r"\+", "-")]
+        file = f"[{patch.stem}](tests/papers/{patch.name})"
+        rows.append(
+            f"| {paper} {arxiv.split()[1]} | {file} | | {what} | {script_of(patch)} +{changed[0]} -{changed[1]} |"
+        )
     rows.append(f"| | {counted('rewards.py', 'rewards.py')} | the grader: text in, number out | |")
     rows.append(f"| | {counted('common.py', 'common.py')} | what a script calls, and the map of infra/ | |")
     infra = [f"infra/{name}.py" for name in INFRA]

@@ -14,13 +14,11 @@ from argparse import Namespace
 import pytest
 import torch
 import workers
-from by_hand import load_module
 from conftest import (
     BASE,
     ROOT,
     SHARED,
     SMALL,
-    copy_project,
     load_policy,
     make_batch,
     make_parser,
@@ -898,43 +896,6 @@ def own_flags(script):
 
 
 # ------------------------------------------------------------------------------------------------------ copy and modify
-
-
-GSPO = ROOT / "tests" / "gspo.patch"
-
-
-def test_copy_and_modify_is_short():
-    changed = [
-        line for line in GSPO.read_text().splitlines() if line[0] in "+-" and not line.startswith(("+++", "---"))
-    ]
-    assert len(changed) <= 12
-
-
-def test_copy_and_modify_by_hand(tmp_path):
-    """Sequence-level ratios: exp of the mean log-ratio of a response; clip 0.2 and 0.28."""
-    copy_project(tmp_path, GSPO)
-    gspo = load_module(tmp_path / "lite_ppo.py")
-    # two responses in a pack, of 2 and 4 tokens. Log-ratios 0.2, 0.4: mean 0.3, ratio 1.349859, clipped at 1.28; A = 1: loss -1.28.
-    # -0.1, 0.1, 0.2, 0.2: mean 0.1, ratio 1.105171; A = -1: loss 1.105171, and a quarter of it is each token's gradient
-    logp = torch.tensor([0.2, 0.4, -0.1, 0.1, 0.2, 0.2], requires_grad=True)
-    row, adv = torch.tensor([0, 0, 1, 1, 1, 1]), torch.tensor([1.0, 1, -1, -1, -1, -1])
-    loss, ratio, low, high = gspo.policy_loss(logp, torch.zeros(6), adv, 0.2, 0.28, row)
-    assert high.tolist() == [True] * 2 + [False] * 4 and not low.any()
-    torch.testing.assert_close(loss.detach(), torch.tensor([-1.28] * 2 + [1.105171] * 4), atol=1e-5, rtol=0)
-    torch.testing.assert_close(ratio.detach(), torch.tensor([1.349859] * 2 + [1.105171] * 4), atol=1e-5, rtol=0)
-    weight = gspo.token_weights(torch.tensor([2.0, 4.0]), "seq_mean", 64)  # 1/4, 1/8: each response counts one half
-    (loss * weight[row]).sum().backward()
-    torch.testing.assert_close(logp.grad, torch.tensor([0.0] * 2 + [1.105171 / 2 / 4] * 4), atol=1e-5, rtol=0)
-
-
-def test_copy_and_modify_runs(tmp_path):
-    copy_project(tmp_path, GSPO)
-    (tmp_path / "lite_ppo.py").rename(tmp_path / "gspo.py")
-    done = subprocess.run([sys.executable, "gspo.py", *SMALL], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    [folder] = (tmp_path / "runs").iterdir()
-    clipped = [row["train/clip_low"] + row["train/clip_high"] for row in read_metrics(folder)[:2]]
-    assert folder.name.startswith("gspo__") and max(clipped) > 0.1  # of the tokens: whole responses, at these bounds
 
 
 def test_copy_and_modify(tmp_path):

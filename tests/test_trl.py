@@ -3,10 +3,13 @@
 TRL is run, not read: `pip install --no-deps --target .trl trl==1.16.0`, then `PYTHONPATH=.trl python -m pytest -m trl`.
 """
 
+import dataclasses
+import inspect
+
 import pytest
 import torch
-from by_hand import load_module
-from conftest import BASE, ROOT, copy_project, load_policy, make_batch
+from conftest import BASE, load_policy, make_batch
+from test_papers import patched
 
 import dapo
 import grpo
@@ -68,31 +71,38 @@ def drift(batch):  # -> by how much the old log-probabilities differ from the ne
     return [0.3 * torch.randn(len(r.ids), generator=g) for r in batch]
 
 
-def theirs(batch, folder, **settings):
-    """-> TRL's advantages, loss and gradient"""
+def make_trainer(folder, kind, settings, **how):
+    """-> TRL's trainer of this kind ("GRPO"), its rows"""
     import datasets
     import transformers
     import trl
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(BASE)
     assert tokenizer.eos_token_id == 1
+    config = getattr(trl, f"{kind}Config")(
+        output_dir=str(folder), use_cpu=True, report_to=[], bf16=False, num_generations=G, max_completion_length=LIMIT,
+        per_device_train_batch_size=P * G, gradient_accumulation_steps=1, gradient_checkpointing=False, **settings,
+    )  # fmt: skip
+    rows = [{"prompt": f"problem {i // G}"} for i in range(P * G)]
+    trainer = getattr(trl, f"{kind}Trainer")(
+        shaken_model(),
+        reward_funcs=lambda completions, **_: [r for group in REWARDS for r in group],
+        args=config, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer, **how,
+    )  # fmt: skip
+    trainer.model.train()
+    return trainer, rows
+
+
+def theirs(batch, folder, engine_logps=None, **settings):
+    """-> TRL's advantages, loss and gradient. engine_logps: of a vLLM that is not there"""
 
     def rollout(prompts, trainer):
         ids = [[r.problem["prompt_ids"] for r in batch], [r.ids.tolist() for r in batch]]
-        return {"prompt_ids": ids[0], "completion_ids": ids[1], "logprobs": None}
+        return {"prompt_ids": ids[0], "completion_ids": ids[1], "logprobs": engine_logps}
 
-    config = trl.GRPOConfig(
-        output_dir=str(folder), use_cpu=True, report_to=[], bf16=False, num_generations=G, max_completion_length=LIMIT,
-        per_device_train_batch_size=P * G, gradient_accumulation_steps=1, gradient_checkpointing=False,
-        **({"beta": 0.0, "epsilon": 0.2, "loss_type": "grpo", "scale_rewards": "group"} | settings),
-    )  # fmt: skip
-    rows = [{"prompt": f"problem {i // G}"} for i in range(P * G)]
-    trainer = trl.GRPOTrainer(
-        shaken_model(),
-        reward_funcs=lambda completions, **_: [r for group in REWARDS for r in group],
-        args=config, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer, rollout_func=rollout,
-    )  # fmt: skip
-    trainer.model.train()
+    settings = {"beta": 0.0, "epsilon": 0.2, "loss_type": "grpo", "scale_rewards": "group"} | settings
+    trainer, rows = make_trainer(folder, "GRPO", settings, rollout_func=rollout)
+    trainer.use_vllm, trainer._last_loaded_step = engine_logps is not None, 0
     trainer.current_gradient_accumulation_steps = 1  # train() would set it
     inputs = trainer._generate_and_score_completions(rows)
     with torch.no_grad():
@@ -105,13 +115,13 @@ def theirs(batch, folder, **settings):
     return inputs["advantages"], loss.detach(), {n: p.grad for n, p in trainer.model.named_parameters()}
 
 
-def ours(batch, policy_loss=None, bias_correction=False, **settings):
+def ours(batch, policy_loss=None, bias_correction=False, adv=None, engine_logps=None, **settings):
     """-> our advantages, loss and gradient, from the functions of the scripts in the order of their main()"""
     script = MODULES[settings.get("script", "grpo")]
     stated = {k: v[0] for k, v in script.DEFAULTS.items() if k in DEFAULTS or k == "kl_estimator"}
     a = DEFAULTS | (stated if "script" in settings else {}) | settings
     policy, ref_model = shaken_policy(), load_policy()
-    adv = script.advantages(torch.tensor(REWARDS), a["norm"]).flatten()
+    adv = script.advantages(torch.tensor(REWARDS), a["norm"]).flatten() if adv is None else adv
     lengths = torch.tensor([float(len(r.ids)) for r in batch])
     if a.get("overlong") == "filter":
         lengths[torch.tensor([r.truncated for r in batch])] = 0
@@ -120,13 +130,16 @@ def ours(batch, policy_loss=None, bias_correction=False, **settings):
     for pack in mini:
         logp, _ = policy(pack, a["temperature"])
         old_logp = logp.detach() - torch.cat([drift(batch)[i] for i in pack.rows.unique_consecutive()])
-        more = [pack.local_rows] if policy_loss else []
         f = policy_loss or script.policy_loss
+        more = [pack.local_rows] if "row" in inspect.signature(f).parameters else []
         loss, ratio, *_ = f(logp, old_logp, adv[pack.rows], a["clip_low"], a["clip_high"], *more)
         if a["kl_coef"]:
             ref_logp = ref_model(pack, a["temperature"])[0].detach()
             divergence = grpo.kl(logp, ref_logp, a["kl_estimator"])
             loss = loss + a["kl_coef"] * divergence * (ratio if bias_correction else 1)
+        if engine_logps:
+            engine_logp = torch.cat([torch.tensor(engine_logps[i]) for i in pack.rows.unique_consecutive()])
+            loss = loss * (logp.detach() - engine_logp).exp().clamp(max=2)
         loss = (loss * weight[pack.rows]).sum()
         loss.backward()
         total += loss.detach()
@@ -188,12 +201,71 @@ def test_a_filtered_response_counts_differently_in_a_sequence_mean(batch, tmp_pa
     assert_same((adv, loss * left, gradient), theirs(batch, tmp_path, mask_truncated_completions=True))
 
 
-def test_the_worked_example_is_gspo(batch, tmp_path, monkeypatch):
-    """The README's copy of lite_ppo.py with sequence-level ratios (tests/gspo.patch)."""
+def of_paper(paper, name):
+    return paper.DEFAULTS[name][0]
+
+
+def test_gspo(batch, tmp_path, monkeypatch):
     monkeypatch.setattr(grpo, "EPS", TRL_EPS)
-    (tmp_path / "copy").mkdir()
-    copy_project(tmp_path / "copy", ROOT / "tests" / "gspo.patch")
-    gspo = load_module(tmp_path / "copy" / "lite_ppo.py")
+    gspo = patched("gspo", tmp_path / "copy")
+    got = ours(batch, gspo.policy_loss, loss_agg=of_paper(gspo, "loss_agg"), clip_low=0.05, clip_high=0.05)
     settings = {"importance_sampling_level": "sequence", "epsilon": 0.05, "epsilon_high": 0.05}
-    got = ours(batch, gspo.policy_loss, loss_agg=gspo.DEFAULTS["loss_agg"][0], clip_low=0.05, clip_high=0.05)
     assert_same(got, theirs(batch, tmp_path, **settings))
+
+
+def test_cispo(batch, tmp_path, monkeypatch):
+    """TRL's epsilon_high is the bound itself, not its distance from 1."""
+    monkeypatch.setattr(grpo, "EPS", TRL_EPS)
+    cispo = patched("cispo", tmp_path / "copy")
+    settings = {name: of_paper(cispo, name) for name in ("norm", "loss_agg", "clip_low", "clip_high")}
+    got = ours(batch, cispo.policy_loss, **settings)
+    assert_same(got, theirs(batch, tmp_path, loss_type="cispo", epsilon_high=1 + settings["clip_high"]))
+
+
+def test_dr_grpo(batch, tmp_path):
+    paper = patched("dr_grpo", tmp_path / "copy")
+    got = ours(batch, **{name: of_paper(paper, name) for name in ("norm", "loss_agg", "kl_coef")})
+    assert_same(got, theirs(batch, tmp_path, loss_type="dr_grpo", scale_rewards="none"))
+
+
+def test_truncated_importance_sampling(batch, tmp_path, monkeypatch):
+    """The engine samples from the model before it was shaken; its ratios reach from below 0.5 to the bound of 2."""
+    monkeypatch.setattr(grpo, "EPS", TRL_EPS)
+    (pack,), engine = (
+        packs.minibatches(batch, torch.ones(P * G) > 0, torch.ones(P * G) > 0, 1, 10_000)[0],
+        load_policy(),
+    )
+    logp, shaken = (model(pack, 1.0)[0].detach() for model in (engine, shaken_policy()))
+    ratio = (shaken - logp).exp()
+    assert ratio.min() < 0.5 and ratio.max() > 2
+    logps = [logp[pack.rows == i].tolist() for i in range(P * G)]
+    settings = {"vllm_importance_sampling_mode": "token_truncate", "vllm_importance_sampling_clip_max": 2.0}
+    assert_same(ours(batch, engine_logps=logps), theirs(batch, tmp_path, engine_logps=logps, **settings))
+
+
+def test_rloo(batch, tmp_path):
+    """Of responses of up to eight tokens: a ratio is e to a sum over all of them, which rounds by as much as it is large."""
+    batch = [dataclasses.replace(r, ids=r.ids[-8:]) for r in batch]
+    paper, kl_coef = patched("rloo", tmp_path / "copy"), 0.05
+    trainer, rows = make_trainer(tmp_path, "RLOO", {"beta": kl_coef, "epsilon": 0.2})
+    trainer._tokenize_prompts = lambda prompts: ([r.problem["prompt_ids"] for r in batch], None, {})
+    trainer._generate_single_turn = lambda *_: [r.ids.tolist() for r in batch]
+    inputs = trainer._generate_and_score_completions(rows)
+    inputs["old_logps"] = inputs["old_logps"] - torch.stack([d.sum() for d in drift(batch)]) / 10
+    loss = trainer._compute_loss(trainer.model, inputs)
+    loss.backward()
+    want = inputs["advantages"], loss.detach(), {n: p.grad for n, p in trainer.model.named_parameters()}
+
+    made, policy, ref_model = (
+        packs.minibatches(batch, *[torch.ones(P * G) > 0] * 2, 1, 200),
+        shaken_policy(),
+        load_policy(),
+    )
+    gaps = [(policy(pack, 1.0)[0] - ref_model(pack, 1.0)[0]).detach() for pack in made[0]]
+    rewards = torch.tensor(REWARDS) - kl_coef * packs.per_response(made[0], gaps, P * G).view(P, G)
+    adv = paper.advantages(rewards, of_paper(paper, "norm")).flatten()
+    with pytest.MonkeyPatch.context() as patch:
+        tenth = [d / 10 for d in drift(batch)]
+        patch.setitem(globals(), "drift", lambda _: tenth)
+        got = ours(batch, paper.policy_loss, adv=adv, loss_agg=of_paper(paper, "loss_agg"))
+    assert_same(got, want)
