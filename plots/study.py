@@ -64,8 +64,9 @@ TAKEAWAYS = {  # the paper's number: what it says, by what it is measured here a
 
 
 def figures():
-    """-> the modules of all figures, in order"""
-    found = sorted(Path(__file__).parent.glob("fig[0-9][0-9]_*.py"))
+    """-> the modules of all figures of the paper, in order, then of what explains a difference from it, by takeaway"""
+    here = Path(__file__).parent
+    found = sorted(here.glob("fig[0-9][0-9]_*.py")) + sorted(here.glob("why[0-9]_*.py"))
     return [importlib.import_module(path.stem) for path in found]
 
 
@@ -75,7 +76,7 @@ def load_table(module, folder):
 
 
 def all_claims(folder=FIGURES):
-    """-> [(takeaway or 0, module, claim, table)] of the figures that have a table"""
+    """-> [(takeaway or 0, module, claim, table)] of the figures that have a table; 0 too of what explains one"""
     tables = [(module, load_table(module, folder)) for module in figures()]
     return [(claim.takeaway, module, claim, table) for module, table in tables if table for claim in module.CLAIMS]
 
@@ -83,13 +84,22 @@ def all_claims(folder=FIGURES):
 def markdown():
     """-> the lines of the table of takeaways in plots/README.md"""
     lines = ["| | the paper | here: 95 % interval, figure | measured by |", "|---|---|---|---|"]
-    every = all_claims()
+    every = [(n or takeaway_explained(m), m.__name__, claim.sentence(table)) for n, m, claim, table in all_claims()]
     for number, (text, why) in TAKEAWAYS.items():
-        mine = [(module.__name__, claim.sentence(table)) for n, module, claim, table in every if n == number]
-        found = "<br>".join(f"{sentence}, [{int(name[3:5])}]({name}.py)" for name, sentence in mine)
+        mine = [(name, sentence) for n, name, sentence in every if n == number]
+        found = "<br>".join(f"{sentence}, [{label(name)}]({name}.py)" for name, sentence in mine)
         lines.append(f"| {number if number < 9 else ''} | {text} | {found} | {why} |")
     runs, commits = runs_and_commits()
     return [*lines, "", f"{runs} runs, of the code of {', '.join(commits)}."]
+
+
+def label(name):
+    """`fig04_norm` -> "4", `why1_greedy` -> "why 1" """
+    return name[3:5].lstrip("0") if name.startswith("fig") else f"why {name[3]}"
+
+
+def takeaway_explained(module):
+    return int(module.__name__[3]) if module.__name__.startswith("why") else 0
 
 
 def runs_and_commits(folder=FIGURES):
@@ -103,7 +113,7 @@ def figures_markdown():
     lines = ["| figure | question | picture |", "|---|---|---|"]
     for module in figures():
         name, title = module.__name__, module.__doc__.split("\n")[0].split(": ", 1)[1]
-        lines.append(f"| [{name[3:5]}]({name}.py) | {title} | [png](figures/{name}.png) |")
+        lines.append(f"| [{label(name)}]({name}.py) | {title} | [png](figures/{name}.png) |")
     return lines
 
 
@@ -162,7 +172,8 @@ def main():
     args = parse(__doc__, takeaways=list(TAKEAWAYS))
     if args.quick:
         raise SystemExit(work([quick.as_figure(quick.largest(all_claims()))], args) > 0)
-    chosen = [m for m in figures() if args.claims is None or args.claims & {claim.takeaway for claim in m.CLAIMS}]
+    takeaways = lambda m: {takeaway_explained(m), *(claim.takeaway for claim in m.CLAIMS)}
+    chosen = [m for m in figures() if args.claims is None or args.claims & takeaways(m)]
     failed = work(chosen, args)
     if args.run or args.scale == "laptop":
         print(overview(args.out, args.scale))

@@ -84,7 +84,9 @@ def fake_run(folder, seed=1, steps=12, tokens=20):
 
 
 def test_there_is_a_file_for_every_figure_that_is_no_text():
-    assert [m.__name__[3:5] for m in FIGURES] == [f"{n:02d}" for n in (*range(1, 16), 18)]
+    named = [m.__name__ for m in FIGURES if m.__name__.startswith("fig")]
+    assert [name[3:5] for name in named] == [f"{n:02d}" for n in (*range(1, 16), 18)]
+    assert all(m.__name__[:4] in {f"why{n}" for n in study.TAKEAWAYS} for m in FIGURES[len(named) :])
 
 
 def test_what_is_usual_are_the_scripts_defaults():
@@ -574,7 +576,7 @@ def test_a_run_that_a_table_has_is_not_run_again(name, tmp_path, monkeypatch):
 def test_the_figures_of_some_takeaways(monkeypatch, capsys):
     monkeypatch.setattr(study, "work", lambda modules, args: print(*(m.__name__[:5] for m in modules)) or 0)
     monkeypatch.setattr(study, "overview", lambda *_: "")
-    for flags, said in (["--claims", "3,9"], "fig06 fig15"), ([], "fig01 fig02 fig03"):
+    for flags, said in (["--claims", "3,9"], "fig06 fig15 why9_"), ([], "fig01 fig02 fig03"):
         monkeypatch.setattr(sys, "argv", ["study.py", *flags])
         with pytest.raises(SystemExit, match="False"):
             study.main()
