@@ -20,6 +20,7 @@ import matplotlib.pyplot as plt
 
 from panels import grid
 from table import SCORE, read_metrics, read_rows
+from trouble import WINDOW, troubles
 
 PANELS = {  # title: metrics of one panel
     "reward of the batch": ["reward/mean", "reward/std"],
@@ -34,7 +35,8 @@ PANELS = {  # title: metrics of one panel
 PHASES = "wake", "sync", "generate", "idle", "reward", "old_logp", "update", "save", "eval"
 RESPONSES = 24  # of the token-by-token ones, the first and the last of the run
 LONGEST = 2000  # tokens of one of them
-SAMPLES = 12  # responses of the last evaluation
+SAMPLED = "samples", "eval_samples"  # files: some of each evaluation, all of the last
+SAMPLES = 1500  # responses of evaluations to page through, and characters of one
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
@@ -69,6 +71,17 @@ DATA.forEach((r, i) => {
 });
 document.querySelectorAll('input[name=by]').forEach(input => input.onchange = () => paint(input.value));
 paint('ratio');
+const chosen = name => document.querySelector(`select[name=${name}]`).value;
+let at = 0;
+function page(move) {
+  const some = SAMPLES.filter(s => ['set', 'step', 'grade'].every(name => ['', String(s[name])].includes(chosen(name))));
+  at = move ? Math.min(Math.max(at + move, 0), Math.max(some.length - 1, 0)) : 0;
+  const s = some[at] || {problem: '', response: '', answer: ''};
+  document.getElementById('place').textContent = some.length ? `${at + 1} of ${some.length}: ${s.set}, step ${s.step}, ${s.grade}` : 'none';
+  for (const name of ['problem', 'response', 'answer']) document.getElementById(name).textContent = s[name];
+}
+document.querySelectorAll('select').forEach(select => select.onchange = () => page(0));
+page(0);
 """
 
 
@@ -147,18 +160,47 @@ def responses(rows):
         for name in ("low", "high"):
             row[name] = [j for j in row[name] if j < LONGEST]
     data = [{k: row[k] for k in ("tokens", "ratio", "entropy", "adv", "low", "high")} for row in rows]
-    return "".join(boxes) or "<p>none were logged</p>", json.dumps(data).replace("</", "<\\/")
+    return "".join(boxes) or "<p>none were logged</p>", script_data(data)
 
 
-def samples(rows):
-    step = max((row["step"] for row in rows), default=0)
-    body = [
-        [r["set"], r["problem"], r["response"], r["answer"], "right" if r["correct"] else "wrong"]
-        for r in rows
-        if r["step"] == step
+def samples(run):
+    """-> what chooses among the responses of all evaluations, of the last one all, and the data that the page's script shows"""
+    found = {(r["step"], r["set"], r["id"], r["sample"]): r for f in SAMPLED for r in read_rows(run / f"{f}.jsonl")}
+    rows = [
+        {"grade": "right" if r["correct"] else "wrong"}
+        | {name: r[name] for name in ("step", "set")}
+        | {name: str(r[name])[:SAMPLES] for name in ("problem", "response", "answer")}
+        for _, r in sorted(found.items(), key=lambda x: x[0][0])[-SAMPLES:]
     ]
-    short = [[str(cell)[:1500] for cell in row] for row in body[:SAMPLES]]
-    return f'<div class="text">{table(["set", "problem", "response", "answer", ""], short)}</div>'
+    choices = {name: dict.fromkeys(row[name] for row in rows) for name in ("set", "step", "grade")}
+    selects = "".join(
+        f'<select name="{name}"><option value="">all {name}s</option>'
+        + "".join(f"<option>{html.escape(str(value))}</option>" for value in values)
+        + "</select> "
+        for name, values in choices.items()
+    )
+    buttons = (
+        '<button onclick="page(-1)">before</button> <button onclick="page(1)">next</button> <span id="place"></span>'
+    )
+    parts = "".join(
+        f'<p><b>{name}</b></p><div class="response" id="{name}"></div>' for name in ("problem", "response", "answer")
+    )
+    return f"<p>{selects}{buttons}</p>{parts}", script_data(rows)
+
+
+def script_data(rows):
+    return json.dumps(rows).replace("</", "<\\/")
+
+
+def told(rows):
+    """-> what went wrong, with step and metric"""
+    found = troubles(rows)
+    body = [[step, metric, "-" if value is None else f"{value:.3g}", text] for step, metric, value, text in found]
+    return (
+        table(["step", "metric", f"mean of {WINDOW} steps", "what it says"], body)
+        if found
+        else "<p>nothing that the rules of plots/trouble.py know</p>"
+    )
 
 
 def page(run):
@@ -167,6 +209,7 @@ def page(run):
     if not rows:
         raise SystemExit(f"{run}: nothing to show")
     boxes, data = responses(read_rows(run / "tokens.jsonl"))
+    chooser, shown = samples(run)
     settings = {
         name: json.loads((run / f"{name}.json").read_text())
         for name in ("args", "versions")
@@ -183,15 +226,16 @@ def page(run):
     return f"""<!DOCTYPE html>
 <html lang="en"><meta charset="utf-8"><title>{html.escape(run.name)}</title><style>{STYLE}</style>
 <h1>{html.escape(run.name)}</h1>
+<h2>What went wrong</h2>{told(rows)}
 <h2>Curves</h2>{curves(rows)}
 <h2>Evaluations</h2>{evaluations(rows)}
 <h2>Time</h2>{time_split(rows)}
 <h2>Responses, token by token</h2>
 <p>Of the last mini-batch of a step the first response and the one with most clipped tokens. A clipped token is underlined; hover for numbers. Colour by {by}</p>
 {boxes}
-<h2>Responses of the last evaluation</h2>{samples(read_rows(run / "samples.jsonl"))}
+<h2>Responses of the evaluations</h2>{chooser}
 <h2>Settings</h2><pre>{html.escape(json.dumps(settings, indent=1))}</pre>
-<script>const DATA = {data};{SCRIPT}</script></html>
+<script>const DATA = {data}, SAMPLES = {shown};{SCRIPT}</script></html>
 """
 
 

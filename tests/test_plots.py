@@ -25,6 +25,7 @@ import report
 import study
 import table as tables
 from infra.runs import PROBABILITIES, finished
+from trouble import troubles
 
 FIGURES = study.figures()
 USUAL = [module for module in FIGURES if not hasattr(module, "run")]  # all but figure 2, which trains nothing
@@ -66,12 +67,15 @@ def fake_run(folder, seed=1, steps=12, tokens=20):
         "tokens": ["<so>", " it"] * (tokens // 2),
     }
     shown |= {"ratio": [1.3, 0.9] * (tokens // 2), "entropy": [0.2, 1.1] * (tokens // 2), "low": [1], "high": [0]}
-    sample = {"step": steps, "set": "easy", "problem": "p", "response": "r" * tokens, "answer": "2", "correct": True}
+    sample = {"step": steps, "set": "easy", "id": "easy-1", "sample": 0, "problem": "p", "response": "r" * tokens}
+    sample |= {"answer": "2", "correct": True}
+    wrong = sample | {"step": 0, "set": "</script>", "correct": False, "response": "I do not know"}
     files = {
         "metrics": rows,
         "clipped": clipped,
         "tokens": [shown | {"step": s} for s in range(0, steps, 4)],
-        "samples": [sample],
+        "samples": [wrong, sample],
+        "eval_samples": [sample, sample | {"sample": 1}],
     }
     for name, lines in files.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -708,6 +712,32 @@ def test_a_report_is_one_file_below_five_megabytes(tmp_path):
     assert len(page) < 5e6
     assert not re.search(r"""(src|href)=["'](?!data:)|https?://|@import|url\(""", page)
     assert page.count("</script>") == 1 and "what is 1 + 1? &lt;/script&gt;" in page
+    assert (
+        page.count('"grade": ') == 3 and page.count('"grade": "wrong"') == 1
+    )  # one of the last evaluation is in both files
+
+
+def test_what_went_wrong():
+    """A rule is told once, with the first step at which the mean of five steps breaks it; a healthy run breaks none."""
+    healthy = [
+        {"step": s, "rollout/truncated": 0.04, "rollout/entropy": 0.3 - 0.01 * s, "reward/std": 0.4} for s in range(20)
+    ]
+    healthy = [row | {"rollout/logp_gap": 1e-6, "rollout/accuracy": 0.5 + 0.01 * row["step"]} for row in healthy]
+    assert troubles(healthy) == [] and troubles([]) == [] and troubles(healthy[:3]) == []
+    sick = [dict(row) for row in healthy]
+    for row in sick[10:]:
+        row |= {"rollout/truncated": 0.04 + 0.05 * (row["step"] - 9), "reward/std": 0.0, "rollout/entropy": 0.01}
+    sick[12]["train/grad_norm"] = sick[15]["train/grad_norm"] = None
+    found = troubles(sick)
+    assert [(step, metric) for step, metric, *_ in found] == [
+        (12, "train/grad_norm"),
+        (13, "rollout/truncated"),  # 0.04, 0.09, 0.14, 0.19, 0.24 have a mean of 0.14; a step before it is 0.098
+        (14, "rollout/entropy"),
+        (14, "reward/std"),
+    ]
+    assert found[1][2] == pytest.approx(0.14) and found[0][2] is None
+    fallen = [row | {"rollout/accuracy": 0.2} if row["step"] > 15 else row for row in healthy]
+    assert [step for step, *_ in troubles(fallen)] == [18]  # 0.63 at its best; with three of five at 0.2 it is 0.378
 
 
 def test_a_report_of_a_folder_that_is_no_run(tmp_path, capsys):
@@ -716,6 +746,8 @@ def test_a_report_of_a_folder_that_is_no_run(tmp_path, capsys):
     run = fake_run(tmp_path / "run")
     (run / "tokens.jsonl").write_text('{"step": 0,')
     (run / "versions.json").unlink()
+    for name in ("samples", "eval_samples"):
+        (run / f"{name}.jsonl").unlink()
     assert "none were logged" in report.page(run) and "tokens.jsonl, line 1" in capsys.readouterr().err
 
 
@@ -731,7 +763,9 @@ view.resize(1000, 2000)
 ask = '''[document.images.length, [...document.images].every(i => i.complete && i.naturalWidth > 400),
   document.querySelectorAll('#r0 span').length, document.querySelectorAll('#r0 .clipped').length,
   document.querySelector('#r0 span').style.background, (document.querySelector('input[value=entropy]').click(),
-  document.querySelector('#r0 span').style.background), document.querySelector('#r0').textContent.slice(0, 7)].join('|')'''
+  document.querySelector('#r0 span').style.background), document.querySelector('#r0').textContent.slice(0, 7),
+  (page(1), document.querySelector('#place').textContent), (document.querySelector('select[name=grade]').value = 'wrong',
+  page(0), page(1), document.querySelector('#place').textContent + document.querySelector('#response').textContent)].join('|')'''
 def answer(said):
     print(said)
     view.grab().save(sys.argv[2])
@@ -751,7 +785,8 @@ def test_a_report_in_a_browser(tmp_path):
     command = [sys.executable, "-c", BROWSER, page, tmp_path / "shot.png"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert "|" in done.stdout, done.stderr
-    images, loaded, spans, clipped, by_ratio, by_entropy, text = done.stdout.strip().split("|")
+    images, loaded, spans, clipped, by_ratio, by_entropy, text, second, wrong = done.stdout.strip().split("|")
+    assert (second, wrong) == ("2 of 3: easy, step 500, right", "1 of 1: </script>, step 0, wrongI do not know")
     assert (images, loaded, spans, clipped, text) == ("2", "true", "20", "2", "<so> it"), done.stderr
     assert by_ratio.startswith("rgba(213, 94, 0") and by_entropy.startswith("rgba(0, 158, 115")
     pixels = importlib.import_module("matplotlib.image").imread(tmp_path / "shot.png")
