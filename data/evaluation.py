@@ -10,6 +10,7 @@ from infra.engines import Sampling
 from infra.processes import distributed_map, rank
 from infra.runs import append_jsonl, finite, jsonl, read_metrics, write_whole
 
+SHOWN = 8  # responses of each set that samples.jsonl has of every evaluation
 EVAL_SETTINGS = "eval_samples", "eval_pass_k", "eval_temperature", "eval_top_p", "eval_top_k", "eval_max_response_len"
 
 
@@ -56,9 +57,8 @@ def evaluate(engine, pool, log, step):
     for name, score in scores.items():
         for metric, value in score.items():
             log.mean(f"eval/{name}/{metric}", value)
-    first = [samples[0] for samples in sets.values()]
     if rank() == 0:
-        append_jsonl(log.folder / "samples.jsonl", first)
+        append_jsonl(log.folder / "samples.jsonl", [s for samples in sets.values() for s in samples[:SHOWN]])
         if step == a.steps:
             how = {name: getattr(a, name) for name in EVAL_SETTINGS}
             found = {"model": a.model, "step": step, "settings": how}
@@ -67,7 +67,7 @@ def evaluate(engine, pool, log, step):
             write_whole(log.folder / "eval_samples.jsonl", jsonl(s for samples in sets.values() for s in samples))
     line = [f"{name} {s['accuracy']:.3f} ± {s['accuracy_se']:.3f}" for name, s in scores.items()]
     log.say(f"after {step} steps | " + " | ".join(line))
-    for s in first[:2]:
+    for s in [samples[0] for samples in sets.values()][:2]:
         text = s["response"] if len(s["response"]) <= 600 else f"{s['response'][:300]} [...] {s['response'][-300:]}"
         log.say(f"  {s['problem']}  ->  {text}  ({'right' if s['correct'] else 'wrong'})")
     log.lap("eval", engine.waited())

@@ -1,9 +1,10 @@
 """Training accuracy, accuracy, response length and entropy of runs, or any four metrics: runs that differ in their seed are one line.
 
-python plots/curves.py runs/A runs/B ... --out curves.png --metrics train/kl,train/clip_high,train/grad_norm,adv/std
+python plots/curves.py runs/A 'runs/lite_ppo__*' --metrics train/kl,train/clip_high,train/grad_norm,adv/std --csv kl.csv
 """
 
 import argparse
+import glob
 import json
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from table import aligned, read_metrics
+from table import aligned, read_metrics, write_table
 
 PANELS = {  # metric: title
     "rollout/accuracy": "accuracy of the training batch",
@@ -58,6 +59,18 @@ def curve(runs, metric):
     return aligned([one for one in found if one])
 
 
+def rows_of(named, metrics):
+    """-> a row for each line, metric and step that all its seeds have"""
+    return [
+        {"runs": label, "metric": metric, "step": int(step), "seeds": len(values), "mean": float(x.mean())}
+        | {"sd": float(x.std(ddof=1)) if len(x) > 1 else None}
+        for label, runs in named.items()
+        for metric in metrics
+        for steps, values in [curve(runs, metric)]
+        for step, x in zip(steps, values.T)
+    ]
+
+
 def draw(folders, out, metrics=tuple(PANELS)):
     """A line for each label, with a band of one standard deviation over its seeds; -> was there anything to draw?"""
     figure, axes = plt.subplots(2, 2, figsize=(9, 6), sharex=True, layout="constrained")
@@ -92,13 +105,20 @@ def draw(folders, out, metrics=tuple(PANELS)):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", help="run folders")
+    parser.add_argument("runs", nargs="+", help="run folders, or patterns of them")
     parser.add_argument("--out", default="curves.png", help="the picture [%(default)s]")
     parser.add_argument("--metrics", default=",".join(PANELS), help="up to four, separated by commas [%(default)s]")
+    parser.add_argument(
+        "--csv", type=Path, help="a table of the same: mean and standard deviation over the seeds by step"
+    )
     args = parser.parse_args()
+    folders = [found for name in args.runs for found in sorted(glob.glob(name)) or [name] if not found.endswith(".log")]
     metrics = args.metrics.split(",")
     if len(metrics) > 4:
         parser.error(f"--metrics: {len(metrics)} metrics; give up to four")
-    if not draw(args.runs, args.out, metrics):
+    if not draw(folders, args.out, metrics):
         sys.exit("nothing to draw")
     print(args.out)
+    if args.csv:
+        write_table(args.csv, rows_of(lines(folders), metrics))
+        print(args.csv)

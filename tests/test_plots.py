@@ -508,6 +508,26 @@ def test_curves_of_several_runs(tmp_path):
     assert curves.draw(folders, tmp_path / "curves.png") and (tmp_path / "curves.png").stat().st_size > 10_000
 
 
+def test_curves_by_a_pattern_as_a_table(tmp_path):
+    """What a launcher left beside a run's folder, its log, is none; numbers are mean and deviation over the seeds."""
+    for seed in (1, 2):
+        folder = fake_run(tmp_path / f"run__s{seed}", seed)
+        (folder / "args.json").write_text(json.dumps({"script": "lite_ppo", "seed": seed}))
+        (tmp_path / f"run__s{seed}.log").write_text("")
+    where = ["--out", tmp_path / "c.png", "--csv", tmp_path / "c.csv", "--metrics", "reward/std,eval/easy/accuracy"]
+    done = subprocess.run(
+        [sys.executable, "plots/curves.py", f"{tmp_path}/run__*", *where], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    rows = tables.read_table(tmp_path / "c.csv")
+    assert {row["metric"] for row in rows} == {"reward/std", "eval/easy/accuracy"} and len(rows) == 12 + 4
+    ends = [curves.read_metrics(tmp_path / f"run__s{seed}")[8]["reward/std"] for seed in (1, 2)]
+    [row] = [row for row in rows if row["step"] == 8 and row["metric"] == "reward/std"]
+    assert row["runs"] == "lite_ppo (2 seeds)" and row["seeds"] == 2
+    assert row["mean"] == pytest.approx(np.mean(ends), rel=1e-3)
+    assert row["sd"] == pytest.approx(np.std(ends, ddof=1), rel=1e-3)
+
+
 def test_curves_of_nothing(tmp_path):
     """A folder that is no run, a metric that nobody logged: a line each, status 1 and no empty picture"""
     run, out = fake_run(tmp_path / "run"), tmp_path / "curves.png"
