@@ -192,7 +192,7 @@ def script_data(rows):
     return json.dumps(rows).replace("</", "<\\/")
 
 
-def told(rows):
+def went_wrong(rows):
     """-> what went wrong, with step and metric"""
     found = troubles(rows)
     body = [[step, metric, "-" if value is None else f"{value:.3g}", text] for step, metric, value, text in found]
@@ -226,7 +226,7 @@ def page(run):
     return f"""<!DOCTYPE html>
 <html lang="en"><meta charset="utf-8"><title>{html.escape(run.name)}</title><style>{STYLE}</style>
 <h1>{html.escape(run.name)}</h1>
-<h2>What went wrong</h2>{told(rows)}
+<h2>What went wrong</h2>{went_wrong(rows)}
 <h2>Curves</h2>{curves(rows)}
 <h2>Evaluations</h2>{evaluations(rows)}
 <h2>Time</h2>{time_split(rows)}
