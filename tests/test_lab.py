@@ -1,0 +1,73 @@
+"""The lab's pages: their numbers are the scripts'."""
+
+import re
+from fractions import Fraction
+
+import pytest
+import torch
+from conftest import ROOT
+
+import grpo
+from grpo import advantages, kl, policy_loss, token_weights
+
+LAB = ROOT / "lab"
+
+
+def table_under(heading):
+    """-> the rows of the table of mathematics.md below this heading, as lists of cells"""
+    part = (LAB / "mathematics.md").read_text().split(f"## {heading}. ")[1].split("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in part.splitlines() if line.startswith("|")]
+    return rows[2:]
+
+
+def number(cell):
+    return float(Fraction(cell))
+
+
+def test_the_advantages_of_the_page():
+    rewards, rows = torch.tensor([[1.0, 1, 1, 0], [1, 0, 0, 0]]), table_under(3)
+    assert {row[0].split("`")[1] for row in rows} == grpo.NORMS.keys()
+    for name, *cells in rows:
+        adv = advantages(rewards, name.split("`")[1])
+        want = [adv[0, 0], adv[0, 3], adv[1, 0], adv[1, 3]]
+        assert [number(cell) for cell in cells] == pytest.approx([float(x) for x in want], abs=5e-5)
+
+
+def test_the_lone_failure_of_the_page():
+    text = (LAB / "mathematics.md").read_text()
+    r = torch.tensor([[1.0] * k + [0.0] * (8 - k) for k in (7, 1, 4, 0)])
+    for number in (r[0].std(), r.std(), advantages(torch.tensor([[1.0, 1, 1, 0], [1, 0, 0, 0]]), "none").std()):
+        assert f"{float(number):.4f}" in text
+    for norm in ("group_mean_group_std", "group_mean_batch_std"):
+        assert f"{float(advantages(r, norm)[0, 7]):.2f}" in text
+
+
+def test_the_weights_of_the_page():
+    lengths, rows = torch.tensor([2.0, 6.0]), table_under(5)
+    assert {row[0].split("`")[1] for row in rows} == grpo.LOSS_AGGS.keys()
+    for name, *cells in rows:
+        w = token_weights(lengths, name.split("`")[1], 8)
+        want = [*w.tolist(), float((w * torch.tensor([2.0 * 1, 6.0 * 4])).sum())]
+        assert [number(cell) for cell in cells] == pytest.approx(want)
+
+
+def test_the_clips_of_the_page():
+    rows = table_under(6)
+    assert len(rows) == 6
+    for *cells, told in rows:
+        ratio, adv, loss, gradient = map(number, cells)
+        logp = torch.tensor([ratio]).log().requires_grad_()
+        got, _, low, high = policy_loss(logp, torch.zeros(1), torch.tensor([adv]), 0.2, 0.28)
+        got.sum().backward()
+        assert (got.item(), logp.grad.item()) == pytest.approx((loss, gradient), abs=1e-6)
+        assert told.startswith("clipped") == bool(low or high)
+
+
+def test_the_kls_of_the_page():
+    rows = table_under(7)
+    assert {re.match("`(k[123])`", row[0])[1] for row in rows} == grpo.KLS.keys()
+    for name, *cells in rows:
+        logp = torch.tensor([0.693147], requires_grad=True)
+        value = kl(logp, torch.zeros(1), name[1:3])
+        value.sum().backward()
+        assert [number(cell) for cell in cells] == pytest.approx([value.item(), logp.grad.item()], abs=5e-5)
