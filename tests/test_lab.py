@@ -1,16 +1,20 @@
 """The lab's pages: their numbers are the scripts'."""
 
+import json
 import re
+import sys
 from fractions import Fraction
 
 import pytest
 import torch
+from by_hand import load_module
 from conftest import ROOT
 
 import grpo
 from grpo import advantages, kl, policy_loss, token_weights
 
 LAB = ROOT / "lab"
+loop = load_module(LAB / "loop.py")
 
 
 def table_under(heading):
@@ -71,3 +75,28 @@ def test_the_kls_of_the_page():
         value = kl(logp, torch.zeros(1), name[1:3])
         value.sum().backward()
         assert [number(cell) for cell in cells] == pytest.approx([value.item(), logp.grad.item()], abs=5e-5)
+
+
+def test_the_notebook(monkeypatch):
+    """Its cells run one after the other, as in a notebook, and say what the text between them says."""
+    cells = json.loads((LAB / "rollout.ipynb").read_text())["cells"]
+    assert not any(cell.get("outputs") for cell in cells)  # as it is opened; nothing of an older version
+    monkeypatch.chdir(LAB)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    names = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)
+    assert names["rewards"].sum(1).tolist() == [1, 1, 4] and names["adv"][8:].tolist() == [0] * 4
+    assert names["pack"].rows.unique().tolist() == [*range(8)] and any(r.truncated for r in names["batch"])
+    moved, a = names["logp"] - names["pack"].old_logp, names["a"]
+    assert moved[a > 0].mean() > 0 > moved[a < 0].mean() and (names["low"] | names["high"]).any()
+
+
+def test_the_picture_of_the_loop():
+    """It is drawn from the README's loop: who holds the GPU in which line"""
+    phases = loop.phases()
+    assert phases[0] == ("engine.wake()", {"W", "S"}) and ("backward", {"S", "A", "G"}) in phases
+    assert [held for what, held in phases if what == "engine.generate(...)"] == [{"W", "K", "S"}]
+    assert [held for what, held in phases if what == "engine.sleep()"] == [{"S"}]
+    assert len(phases) == 15 and set().union(*(held for _, held in phases)) == loop.HOLDS.keys()

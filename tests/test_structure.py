@@ -133,7 +133,16 @@ def test_the_house_stays_small():
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
     top = {file.partition("/")[0] for file in files} - {".ci", ".gitignore"}
     pages = {"README.md", "LOG.md", "LICENSE", "pyproject.toml", "requirements.txt", "requirements-cpu.txt"}
-    card = {*(f"{script}.py" for script in SCRIPTS), "common.py", "rewards.py", "infra", "data", "plots", "tests", "lab"}
+    card = {
+        *(f"{script}.py" for script in SCRIPTS),
+        "common.py",
+        "rewards.py",
+        "infra",
+        "data",
+        "plots",
+        "tests",
+        "lab",
+    }
     assert not files or top == pages | card  # no files: a copy without git
     lines = {name: len(source(name).splitlines()) for name in SHARED}
     assert lines["common.py"] <= 500 and sum(lines.values()) <= 1930, lines
