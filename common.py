@@ -4,6 +4,7 @@ A run starts and finishes here. Its parts stand in infra/, each with one subject
 
     flags.py        the shared flags, what they may not be, the name of a run
     runs.py         a run's metrics, folder and checkpoints; what stops it: a stale engine, a NaN, no memory
+    trackers.py     experiment trackers, which get the metrics too: --log_with
     plan.py         memory and time of a command, before anything is loaded: --plan
     selftest.py     whether this model is trained right, tried before a run begins
     engines.py      sampling: vLLM, which sleeps while the trainer works, or transformers; the seed of a sample
@@ -25,7 +26,7 @@ import torch
 
 from data.evaluation import evaluate, summarize
 from data.problems import data_files, load_data, load_tokenizer
-from infra import plan, processes
+from infra import plan, processes, trackers
 from infra.engines import HfEngine, VllmEngine, uses_vllm
 from infra.flags import COUNT, Parser, number, parse_args
 from infra.packs import minibatches, per_response
@@ -68,7 +69,10 @@ def start(args):
     accelerator.wait_for_everyone()
     transformers.utils.logging.disable_progress_bar()  # from here on there is ours
     first_step = restore(args, model, optimizer, problems)
-    return accelerator, model, optimizer, engine, problems, Log(args, first_step, eval_problems, shape, tokenizer)
+    log = Log(args, first_step, eval_problems, shape, tokenizer)
+    trackers.start_trackers(accelerator, args, first_step)
+    log.trackers = accelerator.trackers
+    return accelerator, model, optimizer, engine, problems, log
 
 
 def join_processes(args, shape, alone=False):
@@ -77,7 +81,8 @@ def join_processes(args, shape, alone=False):
     import accelerate
 
     cuda, timeout = torch.cuda.is_available(), accelerate.InitProcessGroupKwargs(timeout=processes.TIMEOUT)
-    accelerator = accelerate.Accelerator(cpu=not cuda, mixed_precision="no", kwargs_handlers=[timeout])
+    how = {} if args.log_with == "none" else dict(log_with=args.log_with.split(","), project_dir=args.out)
+    accelerator = accelerate.Accelerator(cpu=not cuda, mixed_precision="no", kwargs_handlers=[timeout], **how)
     if cuda and uses_vllm(args) and (wrong := plan.refusal(args, shape, world(), plan.local_gpus()[1], alone)):
         fail(wrong)
     processes.use_cores()

@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 
+from infra import trackers
 from infra.engines import Sampling
 from infra.processes import distributed_map, rank
 from infra.runs import append_jsonl, finite, jsonl, read_metrics, write_whole
@@ -58,7 +59,8 @@ def evaluate(engine, pool, log, step):
         for metric, value in score.items():
             log.mean(f"eval/{name}/{metric}", value)
     if rank() == 0:
-        append_jsonl(log.folder / "samples.jsonl", [s for samples in sets.values() for s in samples[:SHOWN]])
+        append_jsonl(log.folder / "samples.jsonl", shown := [s for some in sets.values() for s in some[:SHOWN]])
+        trackers.log_samples(log.trackers, shown)
         if step == a.steps:
             how = {name: getattr(a, name) for name in EVAL_SETTINGS}
             found = {"model": a.model, "step": step, "settings": how}

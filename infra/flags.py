@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from infra import plan
+from infra import plan, trackers
 from infra.engines import uses_vllm
 from infra.policy import ADAPTER, find
 from infra.processes import fail, rank, world
@@ -73,6 +73,11 @@ FLAGS = {  # all scripts share them. Defaults stand in the script; of those that
     "head_dtype": (["float32", "model"], "Precision of the output layer; model: bf16 on a GPU.", ("float32",) * 2),
     "sleep": (ON_OFF, "Whether vLLM leaves the GPU's memory to the trainer while that works.", ("on", "on")),
     "vllm_tensor_parallel": (COUNT, "GPUs that share one vLLM engine.", (1, 1)),
+    "log_with": (
+        trackers.names,
+        "Trackers of the run, such as wandb,tensorboard: those of Accelerate.",
+        ("none", "none"),
+    ),
     "kv_cache_gib": (number(float, 0), "GiB of vLLM's KV cache on a GPU; 0: what --plan finds, on a CPU 1.", (0, 0)),
 }
 MACHINE = {flag: defaults[0] for flag, (_, _, *defaults) in FLAGS.items() if defaults}
@@ -168,7 +173,7 @@ def parse_args(p, argv=None, reference=lambda args: False):
 def run_name(args, table):
     """<script>__<flags that differ from their defaults>__s<seed>. table: MACHINE and the script's defaults"""
     usual = vars(settings(table, {"scale": args.scale})) | {"scale": local_scale()}
-    differ = {k: v for k, v in vars(args).items() if k in usual and v != usual[k] and k != "seed"}
+    differ = {k: v for k, v in vars(args).items() if k in usual and v != usual[k] and k not in ("seed", "log_with")}
     parts = [f"{k}={v}".strip("/").replace("/", "-") for k, v in differ.items()]
     return "__".join([args.script, *parts, f"s{args.seed}"])
 

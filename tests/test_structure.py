@@ -145,7 +145,7 @@ def test_the_house_stays_small():
     }
     assert not files or top == pages | card  # no files: a copy without git
     lines = {name: len(source(name).splitlines()) for name in SHARED}
-    assert lines["common.py"] <= 500 and sum(lines.values()) <= 1930, lines
+    assert lines["common.py"] <= 500 and sum(lines.values()) <= 2050, lines
     for page, limit in LIMITS.items():
         assert len(source(page)) <= limit, page
     first = source("README.md").splitlines()
