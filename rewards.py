@@ -179,6 +179,8 @@ def exponents(answer: str) -> list[str]:
 def decide(text: str, answer: str) -> Grade | tuple[str, str]:
     """What strings and numbers can decide; else what math-verify has to compare, the answer first: it is not symmetric."""
     boxed = extract_answer(text)
+    if isinstance(answer, Task):
+        return answer.grade(boxed)
     if boxed is None or boxed == "":
         return Grade(False)
     if max(len(boxed), len(answer)) > LONGEST_ANSWER:
@@ -195,6 +197,23 @@ def decide(text: str, answer: str) -> Grade | tuple[str, str]:
     return theirs, ours
 
 
+class Task(str):
+    """The answer to a task of reasoning-gym, which knows how a response is scored. row: its name, `task`, its `entry`"""
+
+    def __new__(cls, row: dict):
+        self = super().__new__(cls, row["answer"])
+        self.task, self.entry = row["task"], row["entry"]
+        return self
+
+    def grade(self, boxed: str | None) -> Grade:
+        import reasoning_gym
+
+        def right():
+            return reasoning_gym.get_score_answer_fn(self.task)(answer=boxed, entry=self.entry) > 0.99
+
+        return Grade(False) if boxed is None else in_time(right)
+
+
 def grade(text: str, answer: str) -> Grade:
     r"""Is the last box of `text` equal to `answer` (LaTeX without a box)? Never raises, whatever the strings.
 
@@ -206,29 +225,40 @@ def grade(text: str, answer: str) -> Grade:
 
 def compare(answer: str, boxed: str) -> Grade:
     from math_verify import parse, verify  # 1 s to import, and only needed for answers that are no plain numbers
-    from math_verify.errors import TimeoutException  # no Exception: `except Exception` would let it through
+
+    def equal():
+        gold, given = (parse(rf"\boxed{{{a}}}", parsing_timeout=None, raise_on_error=True) for a in (answer, boxed))
+        return (
+            gold
+            and given
+            and understood(answer, gold[0])
+            and understood(boxed, given[0], unit=True)
+            and verify(gold, given, timeout_seconds=None, raise_on_error=True)
+            and not far_apart(gold[0], given[0])
+        )
+
+    return in_time(equal)
+
+
+class TimeIsUp(BaseException):  # no Exception: `except Exception` would let it through
+    pass
+
+
+def in_time(right) -> Grade:
+    """What `right` says, unless it takes longer than SECONDS or stumbles."""
 
     def time_is_up(*_):
-        raise TimeoutException
+        raise TimeIsUp
 
     try:
         before = signal.signal(signal.SIGALRM, time_is_up)
         signal.setitimer(signal.ITIMER_REAL, SECONDS, 0.5)  # and again and again: the algebra may swallow one
         try:
-            gold, given = (parse(rf"\boxed{{{a}}}", parsing_timeout=None, raise_on_error=True) for a in (answer, boxed))
-            equal = (
-                gold
-                and given
-                and understood(answer, gold[0])
-                and understood(boxed, given[0], unit=True)
-                and verify(gold, given, timeout_seconds=None, raise_on_error=True)
-                and not far_apart(gold[0], given[0])
-            )
-            return Grade(bool(equal))
+            return Grade(bool(right()))
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
-    except TimeoutException:
+    except TimeIsUp:
         return Grade(False, "timeout")
     except Exception as error:  # whatever the parser or the algebra stumbles over; counted by the caller
         return Grade(False, type(error).__name__)

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import rewards  # noqa: E402
+from data.problems import ANSWER, PROBLEM, column  # noqa: E402
 from infra.flags import COUNT, Parser  # noqa: E402
 from infra.processes import fail  # noqa: E402
 from infra.runs import jsonl, read_jsonl, write_whole  # noqa: E402
@@ -60,8 +61,6 @@ SOURCES = {  # name: (on the hub, further arguments of load_dataset, rows there)
 EVAL = ["math500", "olympiadbench", "minerva_math", "amc23", "aime24", "aime25"]
 # where --from has no simplerl_easy, the parts it is made of, with the level of their rows
 STAND_IN = {"simplerl_easy": {"gsm8k_train": None, "math_train": 1}}
-PROBLEM = ("problem", "question", "extra_info.question", "prompt")  # columns; the first that is there
-ANSWER = ("gt_answer", "final_answer", "reward_model.ground_truth", "answer", "solution")
 LEVEL = ("level", "difficulty")
 
 TIERS = {  # name: (source, what its problems are sorted by before the first are taken). u: uniform in (0, 1], one a problem
@@ -123,16 +122,6 @@ def read_file(path):
         return [(f"{path}, row {i}", row) for i, row in enumerate(rows, start=1)]
     damaged = lambda i: fail(f"{path}, line {i}: not JSON; was its download cut short?")
     return [(f"{path}, line {i}", row) for i, row in read_jsonl(path, damaged)]
-
-
-def column(row, names):
-    """The value of the first of these columns that the row has; "a.b" is column b of column a"""
-    for name in names:
-        value = row
-        for key in name.split("."):
-            value = value.get(key) if isinstance(value, dict) else None
-        if value is not None:
-            return value
 
 
 def clean(answer):

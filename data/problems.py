@@ -4,8 +4,12 @@ import functools
 import hashlib
 import json
 import math
+import os
 import random
 import re
+import subprocess
+import sys
+import time
 from collections import Counter
 from decimal import Decimal
 
@@ -14,9 +18,12 @@ from jinja2 import TemplateError
 from infra.policy import find
 from infra.processes import ROOT, fail, rank
 from infra.runs import read_jsonl
-from rewards import extract_answer
+from rewards import Task, extract_answer
 
 SYSTEM = r"Please reason step by step, and put your final answer within \boxed{}."  # arXiv 2508.08221, appendix A.2
+PROBLEM = ("problem", "question", "extra_info.question", "prompt")  # columns of data sets; the first that is there
+ANSWER = ("gt_answer", "final_answer", "reward_model.ground_truth", "answer", "solution")
+ELSEWHERE = r"reasoning_gym:\w+(:\d+){0,2}|[\w.-]+/[\w.-]+(:[\w.-]+){0,2}"  # what data/hub.py makes a file of
 PLAIN = "{system}\n\nProblem: {problem}\n\nSolution:"  # --template plain
 
 
@@ -103,7 +110,7 @@ def load_problems(path, tokenizer, args):
                 raise ValueError('"problem" or "answer" is missing or empty')
             asked = read_problem(row["problem"])
             row["id"] = f"{path.stem}-{i}" if row.get("id") is None else str(row["id"])
-            row["answer"] = read_answer(row["answer"])
+            row["answer"] = Task(row) if "task" in row else read_answer(row["answer"])
             text, row["problem"] = render(asked, tokenizer, args.template, args.enable_thinking), text_of(asked)
         except (ValueError, TemplateError) as error:  # the latter: of messages that the template refuses
             wrong.append(f"line {i}: {error}")
@@ -144,11 +151,42 @@ def data_files(args, flag, given):
     """-> the files that --data or --eval_data names; one that is not there is refused"""
     folder, names = ROOT / "data" / ("tiny" if args.scale == "laptop" else ""), given.split(",")
     paths = [find(name) if name.endswith(".jsonl") else folder / f"{name}.jsonl" for name in names]
+    for i, name in enumerate(names):
+        if not paths[i].is_file() and not name.endswith(".jsonl") and re.fullmatch(ELSEWHERE, name):
+            paths[i] = from_elsewhere(flag, name, args.columns)
     advice = "give a .jsonl file, a name there" + ", or make it with data/prepare.py" * (args.scale == "node")
     for name, path in zip(names, paths):
         if not path.is_file():
             fail(f"--{flag} {name}: there is no {path}; {advice}")
     return paths
+
+
+def column(row, names):
+    """The value of the first of these columns that the row has; "a.b" is column b of column a"""
+    for name in names:
+        value = row
+        for key in name.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        if value is not None:
+            return value
+
+
+def hub_file(name, columns):
+    return ROOT / "data" / "hub" / f"{re.sub(r'[^.a-zA-Z0-9=_-]+', '-', f'{name} {columns}'.strip())}.jsonl"
+
+
+def from_elsewhere(flag, name, columns):
+    """-> the file that data/hub.py makes, in a process of its own, as one at this scale may keep to what is here"""
+    path = hub_file(name, columns)
+    if rank() == 0 and not path.is_file():
+        environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
+        command = [sys.executable, ROOT / "data" / "hub.py", name, *(["--columns", columns] if columns else [])]
+        done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            fail(f"--{flag} {(done.stderr.splitlines() or [name])[-1].removeprefix('hub.py: ')}", everywhere=True)
+    while not path.is_file():  # the first process makes it
+        time.sleep(1)
+    return path
 
 
 def load_data(args, files, eval_files, tokenizer):
@@ -167,6 +205,9 @@ def load_data(args, files, eval_files, tokenizer):
     eval_rows = [
         row | {"set": name} for name, file in zip(names, eval_files) for row in load_problems(file, tokenizer, args)
     ]
+    asked = {tuple(row["prompt_ids"]) for row in rows}
+    if (both := sum(tuple(row["prompt_ids"]) in asked for row in eval_rows)) and rank() == 0:
+        print(f"--eval_data {args.eval_data}: {both} of its {len(eval_rows)} problems are in --data {args.data} too")
     return Problems(rows, args.seed, eval_rows), eval_rows
 
 

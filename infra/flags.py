@@ -73,6 +73,7 @@ FLAGS = {  # all scripts share them. Defaults stand in the script; of those that
     "head_dtype": (["float32", "model"], "Precision of the output layer; model: bf16 on a GPU.", ("float32",) * 2),
     "sleep": (ON_OFF, "Whether vLLM leaves the GPU's memory to the trainer while that works.", ("on", "on")),
     "vllm_tensor_parallel": (COUNT, "GPUs that share one vLLM engine.", (1, 1)),
+    "columns": (str, "Columns of data sets of the hub that have other names, problem=X,answer=Y.", ("", "")),
     "log_with": (
         trackers.names,
         "Trackers of the run, such as wandb,tensorboard: those of Accelerate.",

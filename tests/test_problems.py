@@ -1,9 +1,12 @@
 """What is read from a data file. The order of the problems and the seeds of the samples are functions of what they are for."""
 
 import json
+import subprocess
+import sys
 
 import pytest
-from conftest import engine_args
+from by_hand import load_module
+from conftest import BASE, ROOT, engine_args
 from transformers import AutoTokenizer
 
 from data import problems as data
@@ -156,3 +159,86 @@ def test_a_run_goes_on_with_the_same_problems_alone(name, tmp_path):
 )
 def test_numbers_are_written_out(value, text):
     assert data.read_answer(value) == text
+
+
+# ------------------------------------------------------------------------------------------------------------ elsewhere
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """data/hub.py with a hub that has openai/gsm8k alone, and a folder of its own"""
+    import datasets
+
+    def load_dataset(repo, *config, split):
+        if (repo, config, split) != ("openai/gsm8k", ("main",), "train"):
+            raise ConnectionError(f"Couldn't reach {repo} on the Hub\nand more")
+        return [{"question": f"{i} + 1?", "note": "-", "answer": f"so\n#### {i + 1}", "final": i + 2} for i in range(3)]
+
+    hub = load_module(ROOT / "data" / "hub.py")
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for module in (hub, data):
+        monkeypatch.setattr(module, "ROOT", tmp_path, raising=False)
+    (tmp_path / "data").mkdir()
+    return hub
+
+
+def test_a_data_set_of_the_hub(hub, tmp_path):
+    """Its columns are found by their names, or named; the file is made once, and read as any other."""
+    tokenizer, args = AutoTokenizer.from_pretrained(BASE), engine_args(template="plain")
+    for columns, answers in (("", ["1", "2", "3"]), ("answer=final", ["2", "3", "4"])):
+        hub.main(["openai/gsm8k:main:train", *(["--columns", columns] if columns else [])])
+        path = data.from_elsewhere("data", "openai/gsm8k:main:train", columns)  # does not ask the hub again
+        rows = data.load_problems(path, tokenizer, args)
+        assert [row["answer"] for row in rows] == answers and rows[0]["problem"] == "0 + 1?"
+        assert rows[2]["id"] == "openai/gsm8k:main:train-2"
+    assert len(list((tmp_path / "data" / "hub").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["me/mine"], "me/mine: Couldn't reach me/mine on the Hub (ConnectionError)"),
+        (
+            ["openai/gsm8k:main:train", "--columns", "answer=solution"],
+            "none of the columns solution for the answer; it has q",
+        ),
+        (["openai/gsm8k:main:train", "--columns", "solution"], "--columns solution: give problem=COLUMN"),
+        (["openai/gsm8k:main:train", "--columns", "level=note"], "--columns level=note: give problem=COLUMN"),
+        (["reasoning_gym:chain_sum"], "pip install reasoning-gym"),
+    ],
+)
+def test_what_the_hub_has_not(hub, flags, said, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    with pytest.raises(SystemExit):
+        hub.main(flags)
+    assert said in capsys.readouterr().err
+
+
+def test_a_name_of_the_hub_is_given_to_the_program(tmp_path, monkeypatch, capsys):
+    """Without the flag that keeps a laptop's run off the network; what the program says is said with the flag."""
+    asked = []
+
+    def run(command, env, **_):
+        asked.append((*map(str, command[2:]), env.get("HF_HUB_OFFLINE")))
+        return subprocess.CompletedProcess(command, 2, stderr="a warning\nhub.py: me/mine:x: Couldn't reach it\n")
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(subprocess, "run", run)
+    args = engine_args(scale="laptop", columns="answer=b")
+    with pytest.raises(SystemExit):
+        data.data_files(args, "eval_data", "eval_easy,me/mine:x")
+    assert asked == [("me/mine:x", "--columns", "answer=b", None)]
+    assert "--eval_data me/mine:x: Couldn't reach it" in capsys.readouterr().err
+    for name in ("me/mine.jsonl", "mine", "a/b/c", "me/mine:a:b:c"):
+        with pytest.raises(SystemExit):
+            data.data_files(args, "data", name)
+    assert len(asked) == 1
+
+
+def test_an_evaluation_on_training_problems_is_told(capsys):
+    args = engine_args(scale="laptop", data="easy", eval_data="easy", steps=1, prompts_per_step=4, max_prompt_len=64)
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    for eval_data, said in (("eval_easy", ""), ("easy", "problems are in --data easy too")):
+        args.eval_data = eval_data
+        data.load_data(args, *(data.data_files(args, "data", name) for name in ("easy", eval_data)), tokenizer)
+        assert said in capsys.readouterr().out if said else not capsys.readouterr().out

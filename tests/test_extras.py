@@ -1,16 +1,19 @@
-"""--log_with: what trackers got is what metrics.jsonl has, also of a run that broke off and went on; read by their own readers.
+"""Optional packages: what trackers got is what metrics.jsonl has, also of a run that broke off and went on; reasoning-gym's tasks.
 
-`pip install tensorboard==2.21.0 trackio==0.43.0`, then `python -m pytest -m trackers`."""
+`pip install tensorboard==2.21.0 trackio==0.43.0 reasoning-gym==0.1.25`, then `python -m pytest -m extras`."""
 
 import json
 
 import pytest
+from by_hand import load_module
 from conftest import ROOT, SMALL, read_metrics, run_main
 
 import lite_ppo
+from data import problems
 from infra import runs
 
-pytestmark = pytest.mark.trackers
+pytestmark = pytest.mark.extras
+hub = load_module(ROOT / "data" / "hub.py")
 
 
 @pytest.fixture(scope="module")
@@ -66,3 +69,24 @@ def test_trackio(run):
         assert {k: found[row["step"]][k] for k in values(row)} == pytest.approx(values(row))
     samples = [json.loads(line)["response"] for line in (run / "samples.jsonl").read_text().splitlines()]
     assert [row["response"] for row in found[0]["samples"]["_value"]] == samples[:8] and len(set(samples)) > 4
+
+
+def test_tasks_of_reasoning_gym(tmp_path, monkeypatch):
+    """Made once, graded by their own scorer: of countdown any expression that comes to the number is right."""
+    import rewards
+
+    monkeypatch.setattr(problems, "hub_file", lambda name, columns: tmp_path / f"{name}.jsonl".replace(":", "-"))
+    command = ["reasoning_gym:countdown:3:5"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hub, "hub_file", problems.hub_file)
+        hub.main(command)
+    rows = [row for _, row in runs.read_jsonl(problems.from_elsewhere("data", *command, ""))]
+    assert len(rows) == 3 and len({row["id"] for row in rows}) == 3
+    answer = rewards.Task(rows[0])
+    pairs = [
+        (rf"\boxed{{{answer}}}", answer),
+        (rf"\boxed{{({answer})}}", answer),
+        (r"\boxed{1}", answer),
+        ("no box", answer),
+    ]
+    assert [g.correct for g in rewards.GradePool().grade(pairs)] == [True, True, False, False]
