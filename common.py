@@ -24,7 +24,7 @@ import warnings
 
 import torch
 
-from data.evaluation import evaluate, summarize
+from data.evaluation import evaluate, summarize, write_card
 from data.problems import data_files, load_data, load_tokenizer
 from infra import plan, processes, trackers
 from infra.engines import HfEngine, VllmEngine, uses_vllm
@@ -102,6 +102,7 @@ def finish(log, accelerator, engine):
         summarize(log)
         draw = [sys.executable, ROOT / "plots" / "curves.py", log.folder, "--out", log.folder / "curves.png"]
         subprocess.run(draw, stdout=subprocess.DEVNULL)  # as anybody could: a run does not know the pictures of it
+        write_card(log)
         print(f"metrics, samples, evaluation, checkpoint and curves.png are in {log.folder}")
     accelerator.wait_for_everyone()
     time.sleep(GLOO_REST)  # it needs the interpreter for that, which the end of the process group holds while it waits

@@ -3,13 +3,15 @@
 import json
 import math
 import re
+import shutil
 
 import numpy as np
 
 from infra import trackers
 from infra.engines import Sampling
+from infra.policy import find
 from infra.processes import distributed_map, rank
-from infra.runs import append_jsonl, finite, jsonl, read_metrics, write_whole
+from infra.runs import append_jsonl, finite, jsonl, last_checkpoint, read_metrics, versions, write_whole
 
 SHOWN = 8  # responses of each set that samples.jsonl has of every evaluation
 EVAL_SETTINGS = "eval_samples", "eval_pass_k", "eval_temperature", "eval_top_p", "eval_top_k", "eval_max_response_len"
@@ -92,3 +94,31 @@ def summarize(log):
         values = [(row[f"eval/{name}/{m}"], row[f"eval/{name}/{m}_se"]) for row, m in columns.values()]
         values = [(value, math.nan if error is None else error) for value, error in values]
         print(f"{name:16s}" + "".join(f"{value:9.3f} ± {error:.3f}" for value, error in values))
+
+
+def write_card(log):
+    """A model card beside the weights of the last checkpoint: from what, how, how good with standard errors, the curves"""
+    a, folder = log.args, last_checkpoint(log.folder)[1]
+    rows = [row for row in read_metrics(log.folder) if "eval/mean/accuracy" in row]
+    if not folder:
+        return
+    head = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    head |= {} if find(a.model).is_dir() else {"base_model": a.model}
+    head["tags"] = ["reinforcement-learning", a.script]
+    names = [name.split("/")[1] for name in rows[0] if re.fullmatch("eval/.*/accuracy", name)]
+    score = lambda row, name: f"{row[f'eval/{name}/accuracy']:.3f} ± {row[f'eval/{name}/accuracy_se'] or math.nan:.3f}"
+    how = ", ".join(f"{name} {getattr(a, name)}" for name in EVAL_SETTINGS)
+    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in head.items()), "---", f"# {log.folder.name}", ""]
+    lines += [f"{a.model}, trained for {a.steps} steps on {a.data} by {a.script}.py ({versions().get('git', '')}).", ""]
+    lines += [
+        "![curves](curves.png)",
+        "",
+        f"Accuracy, avg@{a.eval_samples}, ± a standard error over problems ({how}):",
+        "",
+    ]
+    lines += ["| set | before | after |", "|---|---|---|"]
+    lines += [f"| {name} | {score(rows[0], name)} | {score(rows[-1], name)} |" for name in names]
+    lines += ["", "| setting | |", "|---|---|", *(f"| {k} | {v} |" for k, v in sorted(vars(a).items()))]
+    write_whole(folder / "README.md", "\n".join(lines) + "\n")
+    if (curves := log.folder / "curves.png").is_file():
+        shutil.copy(curves, folder)

@@ -83,6 +83,19 @@ def test_a_run_folder_has_everything(finished):
     assert all(row["train/grad_norm"] > 0 and row["reward/std"] > 0 for row in rows[:4])  # it did learn from something
 
 
+def test_the_model_card(finished):
+    """Beside the last checkpoint's weights, with numbers of the evaluations; the head is YAML as the hub reads it"""
+    from huggingface_hub import ModelCard
+
+    [folder] = (finished / "checkpoints").iterdir()
+    card, rows = ModelCard.load(folder / "README.md"), read_metrics(finished)
+    assert card.data.pipeline_tag == "text-generation" and card.data.tags == ["reinforcement-learning", "lite_ppo"]
+    assert "base_model" not in card.data.to_dict()  # which was a folder
+    before, after = (f"{rows[i]['eval/easy/accuracy']:.3f} ± {rows[i]['eval/easy/accuracy_se']:.3f}" for i in (0, -1))
+    assert f"| easy | {before} | {after} |" in card.text and "| norm | group_mean_batch_std |" in card.text
+    assert (folder / "curves.png").read_bytes() == (finished / "curves.png").read_bytes()
+
+
 def test_what_is_logged_of_the_tokens(finished):
     """The bins hold all tokens; clipped.jsonl has as many clipped tokens as the metrics say; a shown response is one of its step."""
     rows = read_metrics(finished)
