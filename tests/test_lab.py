@@ -8,13 +8,13 @@ from fractions import Fraction
 import pytest
 import torch
 from by_hand import load_module
-from conftest import ROOT
+from conftest import ROOT, copy_project
 
 import grpo
 from grpo import advantages, kl, policy_loss, token_weights
 
 LAB = ROOT / "lab"
-loop = load_module(LAB / "loop.py")
+loop, hunt = (load_module(LAB / f"{name}.py") for name in ("loop", "hunt"))
 
 
 def table_under(heading):
@@ -100,3 +100,32 @@ def test_the_picture_of_the_loop():
     assert [held for what, held in phases if what == "engine.generate(...)"] == [{"W", "K", "S"}]
     assert [held for what, held in phases if what == "engine.sleep()"] == [{"S"}]
     assert len(phases) == 15 and set().union(*(held for _, held in phases)) == loop.HOLDS.keys()
+
+
+@pytest.mark.parametrize("number", hunt.bugs())
+def test_a_bug_of_the_hunt(number, tmp_path, monkeypatch, capsys):
+    """The copy differs from the project in one place, which is what --line calls right; nothing printed gives it away."""
+    copy_project(tmp_path)
+    for name in ("bugs", "papers"):
+        (tmp_path / "tests" / name).symlink_to(ROOT / "tests" / name)
+    monkeypatch.setattr(hunt, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.setattr(sys, "argv", ["hunt.py", str(number)])
+    hunt.main()
+    said, name = capsys.readouterr().out, hunt.bugs()[number].stem
+    assert name not in said and all(word not in said for word in ("patch", "tests/"))
+    file, line = hunt.wrong_line(number)
+    healthy, broken = ((root / file).read_text().splitlines() for root in (ROOT, tmp_path / "hunt" / f"{number:02d}"))
+    assert healthy[: line - 1] == broken[: line - 1] and healthy[line:][-20:] == broken[line:][-20:]
+    assert healthy[line - 1] != broken[line - 1] and abs(len(healthy) - len(broken)) <= 1
+    for guess, status, told in ((line, 0, "that is it"), (line + 40, 1, "the file is right")):
+        monkeypatch.setattr(sys, "argv", ["hunt.py", str(number), "--line", f"hunt/{number:02d}/{file}:{guess}"])
+        with pytest.raises(SystemExit) as ended:
+            hunt.main()
+        assert ended.value.code == status and capsys.readouterr().out.strip() == told
+
+
+def test_the_hunts_numbers():
+    numbers = hunt.bugs()
+    levels = [hunt.difficulty(patch) for patch in numbers.values()]
+    assert len(numbers) == len(set(numbers.values())) >= 33 and levels == sorted(levels) and set(levels) == {1, 2, 3}
