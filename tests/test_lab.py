@@ -1,5 +1,6 @@
 """The lab's pages: their numbers are the scripts'."""
 
+import difflib
 import json
 import re
 import sys
@@ -116,8 +117,12 @@ def test_a_bug_of_the_hunt(number, tmp_path, monkeypatch, capsys):
     assert name not in said and all(word not in said for word in ("patch", "tests/"))
     file, line = hunt.wrong_line(number)
     healthy, broken = ((root / file).read_text().splitlines() for root in (ROOT, tmp_path / "hunt" / f"{number:02d}"))
-    assert healthy[: line - 1] == broken[: line - 1] and healthy[line:][-20:] == broken[line:][-20:]
-    assert healthy[line - 1] != broken[line - 1] and abs(len(healthy) - len(broken)) <= 1
+    changed = [x for x in difflib.SequenceMatcher(None, healthy, broken, False).get_opcodes() if x[0] != "equal"]
+    assert (
+        len(changed) == 1
+        and changed[0][1] == line - 1
+        and all(b - a <= 1 for a, b in (changed[0][1:3], changed[0][3:]))
+    )
     for guess, status, told in ((line, 0, "that is it"), (line + 40, 1, "the file is right")):
         monkeypatch.setattr(sys, "argv", ["hunt.py", str(number), "--line", f"hunt/{number:02d}/{file}:{guess}"])
         with pytest.raises(SystemExit) as ended:
