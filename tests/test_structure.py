@@ -126,7 +126,7 @@ def test_a_name_has_one_meaning():
     assert not {name: files for name, files in found.items() if len(files) > 1}
 
 
-LIMITS = {"README.md": 13_000, "plots/README.md": 18_000, "data/README.md": 15_000, "tests/README.md": 15_000}
+LIMITS = {"README.md": 13_500, "plots/README.md": 18_000, "data/README.md": 15_000, "tests/README.md": 15_000}
 
 
 def test_the_house_stays_small():
