@@ -4,8 +4,8 @@ Question: GRPO, DAPO with its five tricks, Lite PPO with two: which ends highest
 Paper: Lite PPO; complexity is not needed.
 (At equal training steps, for which DAPO samples more: figure 15.)
 
-Here: Lite PPO beats GRPO: open, +0.019 in 1 seed;
-Lite PPO beats DAPO: open, -0.012 in 1 seed.
+Here: Lite PPO beats GRPO: seen, +0.019 [+0.012, +0.026];
+Lite PPO beats DAPO: opposite, -0.014 [-0.017, -0.010].
 
 Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node shows the paper's:
 

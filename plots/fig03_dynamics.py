@@ -3,8 +3,8 @@
 Question: how do accuracy and response length develop on easy, medium and hard data, from a base and from an aligned model?
 Paper: harder data make longer responses and other paths of accuracy; aligned models start high and gain little.
 
-Here: responses of the base model grow more on hard data than on easy (tokens): open, -16.556 in 1 seed;
-the base model gains more than the aligned one: open, +0.101 in 1 seed.
+Here: responses of the base model grow more on hard data than on easy (tokens): opposite, -17.244 [-18.228, -16.260];
+the base model gains more than the aligned one: seen, +0.131 [+0.108, +0.154].
 
 Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node shows the paper's:
 

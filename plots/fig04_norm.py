@@ -3,9 +3,9 @@
 Question: does an advantage need a mean and a standard deviation, and those of its group or of the whole batch?
 Paper: of its group, which is steadier and ends higher; under rewards 1 and 0 batch-level normalization is unstable (takeaway 1).
 
-Here: group-level beats batch-level: open, -0.006 in 1 seed;
-group-level beats none: open, -0.036 in 1 seed;
-batch-level falls deeper from its best than group-level: open, -0.003 in 1 seed.
+Here: group-level beats batch-level: excluded (less than -0.003), -0.004 [-0.006, -0.003];
+group-level beats none: opposite, -0.033 [-0.039, -0.027];
+batch-level falls deeper from its best than group-level: excluded (less than 0.005), +0.001 [-0.004, +0.005].
 
 Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node shows the paper's:
 

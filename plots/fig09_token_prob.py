@@ -6,8 +6,8 @@ Paper: in aligned models far fewer tokens are near certain, and fewer under 0.28
 (The clip figures take 128 updates of 8 responses on a rollout of 1,024, where the bounds clip most with training still stable: LOG.md.
 The probabilities are those of sampling: on a node of what top_p and top_k leave.)
 
-Here: base has more near-certain tokens: open, no runs;
-0.28 leaves fewer of them: open, no runs.
+Here: base has more near-certain tokens: seen, +0.293 [+0.285, +0.301];
+0.28 leaves fewer of them: excluded (less than 0.004), -0.000 [-0.005, +0.004].
 
 Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node shows the paper's:
 

@@ -5,11 +5,11 @@ Paper: at 8 thousand yes, and responses get shorter; at 20 thousand hardly, and 
 (Here 56, 96 and 192 tokens: the first truncates a quarter of the right solutions of hard problems, and more of the aligned model's, which
 are longer; the last only what never ends. The evaluation has the limit of the training. The paper does not name its data: hard here.)
 
-Here: under the short limit the filter helps the base model: open, no runs;
-under the short limit it helps the aligned model: open, no runs;
-under the long limit it does not help the base model: open, no runs;
-base, short limit: shorter with it (tokens): open, no runs;
-base, long limit: longer with it (tokens): open, no runs.
+Here: under the short limit the filter helps the base model: excluded (less than -0.013), -0.023 [-0.033, -0.013];
+under the short limit it helps the aligned model: excluded (less than -0.002), -0.009 [-0.016, -0.002];
+under the long limit it does not help the base model: seen, -0.015 [-0.018, -0.012];
+base, short limit: shorter with it (tokens): excluded (less than -0.263), -0.524 [-0.785, -0.263];
+base, long limit: longer with it (tokens): not seen (less than 5.235), +3.713 [+2.190, +5.235].
 
 Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node shows the paper's:
 

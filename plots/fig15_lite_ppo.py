@@ -4,11 +4,11 @@ Question: do group mean, batch std and token mean, without a KL, beat GRPO and D
 Paper: yes; Lite PPO rises steadily where the others peak and collapse.
 (At equal training steps: for each, DAPO samples until it has enough groups to train on. GRPO has its own paper's KL, as this paper's is not known.)
 
-Here: Lite PPO beats GRPO: open, +0.019 in 1 seed;
-Lite PPO beats DAPO: open, -0.012 in 1 seed;
-GRPO falls deeper from its best than Lite PPO: open, -0.005 in 1 seed;
-DAPO falls deeper from its best than Lite PPO: open, -0.005 in 1 seed;
-responses that DAPO sampled for a step: 516 (base, easy), 245 (base, hard).
+Here: Lite PPO beats GRPO: seen, +0.019 [+0.012, +0.026];
+Lite PPO beats DAPO: opposite, -0.014 [-0.017, -0.010];
+GRPO falls deeper from its best than Lite PPO: excluded (less than 0.005), -0.001 [-0.006, +0.005];
+DAPO falls deeper from its best than Lite PPO: excluded (less than 0.005), -0.001 [-0.006, +0.005];
+responses that DAPO sampled for a step: 520 (base, easy), 241 (base, hard).
 
 Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node shows the paper's:
 
