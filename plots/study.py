@@ -89,8 +89,7 @@ def markdown():
         mine = [(name, sentence) for n, name, sentence in every if n == number]
         found = "<br>".join(f"{sentence}, [{label(name)}]({name}.py)" for name, sentence in mine)
         lines.append(f"| {number if number < 9 else ''} | {text} | {found} | {why} |")
-    runs, commits = runs_and_commits()
-    return [*lines, "", f"{runs} runs, of the code of {', '.join(commits)}."]
+    return [*lines, "", f"All runs are of the code of {', '.join(commits())}."]
 
 
 def label(name):
@@ -102,10 +101,10 @@ def takeaway_explained(module):
     return int(module.__name__[3]) if module.__name__.startswith("why") else 0
 
 
-def runs_and_commits(folder=FIGURES):
-    """-> how many runs all tables are of, and the commits of their code"""
-    rows = [row for path in sorted(folder.glob("*.csv")) for row in read_table(path) if row.get("commit")]
-    return len({(row["command"], row["seed"]) for row in rows}), sorted({row["commit"] for row in rows})
+def commits(folder=FIGURES):
+    """-> the commits of the code that the runs of all tables are of"""
+    rows = [row for path in sorted(folder.glob("*.csv")) for row in read_table(path)]
+    return sorted({row["commit"] for row in rows if row.get("commit")})
 
 
 def figures_markdown():
