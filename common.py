@@ -51,7 +51,7 @@ def start(args):
         fail(f"--model {args.model}: its tokenizer has more tokens than its embedding, {shape.words}, in prompts too")
     sys.excepthook = functools.partial(explain, args, shape)
     warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process saves a checkpoint alone
-    accelerator = join_processes(args, shape)
+    accelerator = join_processes(args, shape, **trackers.wanted(args))
     with refused(f"--model {args.model}: it cannot be loaded"):
         model = load_policy(args)
     with refused(f"--model {args.model}: a checkpoint of it cannot be saved"), tempfile.TemporaryDirectory() as scratch:
@@ -75,13 +75,12 @@ def start(args):
     return accelerator, model, optimizer, engine, problems, log
 
 
-def join_processes(args, shape, alone=False):
-    """-> accelerator. alone: nobody trains beside the engine"""
+def join_processes(args, shape, alone=False, **how):
+    """-> accelerator. alone: nobody trains beside the engine; how: more that Accelerate is told"""
     processes.without_accelerate_config()
     import accelerate
 
     cuda, timeout = torch.cuda.is_available(), accelerate.InitProcessGroupKwargs(timeout=processes.TIMEOUT)
-    how = {} if args.log_with == "none" else dict(log_with=args.log_with.split(","), project_dir=args.out)
     accelerator = accelerate.Accelerator(cpu=not cuda, mixed_precision="no", kwargs_handlers=[timeout], **how)
     if cuda and uses_vllm(args) and (wrong := plan.refusal(args, shape, world(), plan.local_gpus()[1], alone)):
         fail(wrong)

@@ -32,6 +32,7 @@ DEFAULTS = {  # flag: (laptop, node). What the runs start from: the same as in l
     "template": ("chat", "chat"),
     "enable_thinking": ("on", "on"),
     "data": ("easy,medium,hard", "easy,medium,hard"),
+    "columns": ("", ""),
     "temperature": (1.0, 0.99),
     "top_p": (1.0, 0.99),
     "top_k": (0, 100),

@@ -2,7 +2,6 @@
 
 import argparse
 import hashlib
-import importlib
 import json
 from pathlib import Path
 
@@ -21,6 +20,11 @@ def names(text):
         if name not in there:
             raise argparse.ArgumentTypeError(f"{name} is not installed; pip install it, or leave it out")
     return text
+
+
+def wanted(args):
+    """-> what Accelerate is told of them when a run joins its processes"""
+    return {} if args.log_with == "none" else dict(log_with=args.log_with.split(","), project_dir=args.out)
 
 
 def start_trackers(accelerator, args, first_step):
@@ -57,4 +61,6 @@ def log_samples(trackers, rows):
         if hasattr(tracker, "log_table"):
             tracker.log_table("samples", **table, step=rows[0]["step"])
         elif tracker.name == "trackio":
-            tracker.log({"samples": importlib.import_module("trackio").Table(**table)}, step=rows[0]["step"])
+            import trackio
+
+            tracker.log({"samples": trackio.Table(**table)}, step=rows[0]["step"])
