@@ -11,7 +11,7 @@ from infra import trackers
 from infra.engines import Sampling
 from infra.policy import find
 from infra.processes import distributed_map, rank
-from infra.runs import append_jsonl, finite, jsonl, last_checkpoint, read_metrics, versions, write_whole
+from infra.runs import append_jsonl, finite, jsonl, last_checkpoint, read_metrics, write_whole
 
 SHOWN = 8  # responses of each set that samples.jsonl has of every evaluation
 EVAL_SETTINGS = "eval_samples", "eval_pass_k", "eval_temperature", "eval_top_p", "eval_top_k", "eval_max_response_len"
@@ -81,8 +81,7 @@ def summarize(log):
     """Prints each set's accuracy in the first and the last evaluation, and the last one's pass@k, with standard errors.
 
     It leaves result.json, which marks the run as finished."""
-    rows = [row for row in read_metrics(log.folder) if "eval/mean/accuracy" in row]
-    names = [name.split("/")[1] for name in rows[0] if re.fullmatch("eval/.*/accuracy", name)]
+    rows, names = evaluations_of(log.folder)
     result = {n: [rows[i][f"eval/{n}/accuracy"] for i in (0, -1)] for n in names}
     write_whole(log.folder / "result.json", json.dumps(result, indent=1))
     several, k = len(rows) > 1, log.args.eval_pass_k or log.args.eval_samples
@@ -91,33 +90,37 @@ def summarize(log):
     columns |= {f"pass@{k}": (rows[-1], f"pass@{k}")} if k > 1 else {}
     print(f"{'accuracy' if several else '':16s}" + "".join(f"{title:>17s}" for title in columns))
     for name in names:
-        values = [(row[f"eval/{name}/{m}"], row[f"eval/{name}/{m}_se"]) for row, m in columns.values()]
-        values = [(value, math.nan if error is None else error) for value, error in values]
-        print(f"{name:16s}" + "".join(f"{value:9.3f} ± {error:.3f}" for value, error in values))
+        print(f"{name:16s}" + "".join(f"    {with_error(row, name, metric)}" for row, metric in columns.values()))
+
+
+def evaluations_of(folder):
+    """-> the rows of a run's evaluations, the names of its sets"""
+    rows = [row for row in read_metrics(folder) if "eval/mean/accuracy" in row]
+    return rows, [name.split("/")[1] for name in rows[0] if re.fullmatch("eval/.*/accuracy", name)]
+
+
+def with_error(row, name, metric="accuracy"):
+    error = row[f"eval/{name}/{metric}_se"]
+    return f"{row[f'eval/{name}/{metric}']:.3f} ± {math.nan if error is None else error:.3f}"
 
 
 def write_card(log):
     """A model card beside the weights of the last checkpoint: from what, how, how good with standard errors, the curves"""
     a, folder = log.args, last_checkpoint(log.folder)[1]
-    rows = [row for row in read_metrics(log.folder) if "eval/mean/accuracy" in row]
     if not folder:
         return
+    rows, names = evaluations_of(log.folder)
+    commit = json.loads((log.folder / "versions.json").read_text()).get("git", "of no git repository")
     head = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     head |= {} if find(a.model).is_dir() else {"base_model": a.model}
     head["tags"] = ["reinforcement-learning", a.script]
-    names = [name.split("/")[1] for name in rows[0] if re.fullmatch("eval/.*/accuracy", name)]
-    score = lambda row, name: f"{row[f'eval/{name}/accuracy']:.3f} ± {row[f'eval/{name}/accuracy_se'] or math.nan:.3f}"
     how = ", ".join(f"{name} {getattr(a, name)}" for name in EVAL_SETTINGS)
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in head.items()), "---", f"# {log.folder.name}", ""]
-    lines += [f"{a.model}, trained for {a.steps} steps on {a.data} by {a.script}.py ({versions().get('git', '')}).", ""]
-    lines += [
-        "![curves](curves.png)",
-        "",
-        f"Accuracy, avg@{a.eval_samples}, ± a standard error over problems ({how}):",
-        "",
-    ]
+    lines += [f"{a.model}, trained for {a.steps} steps on {a.data} by {a.script}.py ({commit}).", ""]
+    lines += ["![curves](curves.png)", ""]
+    lines += [f"Accuracy, avg@{a.eval_samples}, ± a standard error over problems ({how}):", ""]
     lines += ["| set | before | after |", "|---|---|---|"]
-    lines += [f"| {name} | {score(rows[0], name)} | {score(rows[-1], name)} |" for name in names]
+    lines += [f"| {name} | {with_error(rows[0], name)} | {with_error(rows[-1], name)} |" for name in names]
     lines += ["", "| setting | |", "|---|---|", *(f"| {k} | {v} |" for k, v in sorted(vars(a).items()))]
     write_whole(folder / "README.md", "\n".join(lines) + "\n")
     if (curves := log.folder / "curves.png").is_file():

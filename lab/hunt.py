@@ -37,9 +37,13 @@ def bugs():
     return dict(enumerate(sorted((ROOT / "tests" / "bugs").glob("*.patch"), key=order), start=1))
 
 
+def folder_of(number):
+    return ROOT / "hunt" / f"{number:02d}"
+
+
 def make(number):
     """-> the copy with this bug"""
-    folder = ROOT / "hunt" / f"{number:02d}"
+    folder = folder_of(number)
     shutil.rmtree(folder, ignore_errors=True)
     for path in (path for pattern in COPIED for path in ROOT.glob(pattern)):
         target = folder / path.relative_to(ROOT)
@@ -54,7 +58,8 @@ def make(number):
 def wrong_line(number):
     """-> file and line of the bug in its copy; of a line that is gone, where it stood"""
     file = re.search(r"^\+\+\+ b/(.+)$", bugs()[number].read_text(), re.M)[1]
-    healthy, broken = ((root / file).read_text().splitlines() for root in (ROOT, make(number)))
+    copy = folder_of(number) if folder_of(number).is_dir() else make(number)  # with the runs that were made there
+    healthy, broken = ((root / file).read_text().splitlines() for root in (ROOT, copy))
     return file, next(i for i, (a, b) in enumerate(zip(healthy, broken), start=1) if a != b)
 
 

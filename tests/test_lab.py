@@ -115,6 +115,7 @@ def test_a_bug_of_the_hunt(number, tmp_path, monkeypatch, capsys):
     hunt.main()
     said, name = capsys.readouterr().out, hunt.bugs()[number].stem
     assert name not in said and all(word not in said for word in ("patch", "tests/"))
+    (tmp_path / "hunt" / f"{number:02d}" / "broken").mkdir()  # a run; a guess leaves it where it is
     file, line = hunt.wrong_line(number)
     healthy, broken = ((root / file).read_text().splitlines() for root in (ROOT, tmp_path / "hunt" / f"{number:02d}"))
     changed = [x for x in difflib.SequenceMatcher(None, healthy, broken, False).get_opcodes() if x[0] != "equal"]
@@ -128,6 +129,7 @@ def test_a_bug_of_the_hunt(number, tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit) as ended:
             hunt.main()
         assert ended.value.code == status and capsys.readouterr().out.strip() == told
+    assert (tmp_path / "hunt" / f"{number:02d}" / "broken").is_dir()
 
 
 def test_the_hunts_numbers():
