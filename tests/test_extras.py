@@ -3,6 +3,8 @@
 `pip install tensorboard==2.21.0 trackio==0.43.0 reasoning-gym==0.1.25`, then `python -m pytest -m extras`."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 from by_hand import load_module
@@ -69,6 +71,22 @@ def test_trackio(run):
         assert {k: found[row["step"]][k] for k in values(row)} == pytest.approx(values(row))
     samples = [json.loads(line)["response"] for line in (run / "samples.jsonl").read_text().splitlines()]
     assert [row["response"] for row in found[0]["samples"]["_value"]] == samples[:8] and len(set(samples)) > 4
+
+
+def test_two_processes(tmp_path):
+    """The first alone writes: one value a step, of both"""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "lite_ppo.py", *SMALL]
+    more = ["--log_with", "tensorboard", "--out", tmp_path / "run"]
+    subprocess.run([sys.executable, *command, *more], cwd=ROOT, check=True)
+    [events] = (tmp_path / "run" / ROOT.name).glob("events.*")
+    found = EventAccumulator(str(events), size_guidance={"scalars": 0}).Reload().Scalars("rollout/accuracy")
+    rows = [
+        (row["step"], row["rollout/accuracy"]) for row in read_metrics(tmp_path / "run") if row.get("rollout/accuracy")
+    ]
+    assert [event.step for event in found] == [step for step, _ in rows] == [0, 1]
+    assert [event.value for event in found] == pytest.approx([value for _, value in rows])
 
 
 def test_tasks_of_reasoning_gym(tmp_path, monkeypatch):

@@ -3,6 +3,9 @@
 import difflib
 import json
 import re
+import shlex
+import shutil
+import subprocess
 import sys
 from fractions import Fraction
 
@@ -15,7 +18,7 @@ import grpo
 from grpo import advantages, kl, policy_loss, token_weights
 
 LAB = ROOT / "lab"
-loop, hunt = (load_module(LAB / f"{name}.py") for name in ("loop", "hunt"))
+loop, hunt, lab_runs = (load_module(LAB / f"{name}.py") for name in ("loop", "hunt", "runs"))
 
 
 def table_under(heading):
@@ -136,3 +139,29 @@ def test_the_hunts_numbers():
     numbers = hunt.bugs()
     levels = [hunt.difficulty(patch) for patch in numbers.values()]
     assert len(numbers) == len(set(numbers.values())) >= 33 and levels == sorted(levels) and set(levels) == {1, 2, 3}
+
+
+def test_every_command_of_the_page(tmp_path):
+    """As typed, but that a run has one training step: what starts all runs, and a picture for each question."""
+    copy_project(tmp_path)
+    shutil.copytree(LAB, tmp_path / "lab")
+    for script in ("lite_ppo.py", "dapo.py"):
+        text = (tmp_path / script).read_text()
+        assert '"steps": (80,' in text
+        (tmp_path / script).write_text(text.replace('"steps": (80,', '"steps": (1,'))
+    subprocess.run([sys.executable, "lab/runs.py", "--seeds", "1"], cwd=tmp_path, check=True)
+    commands = re.findall(r"^ +(?:accelerate launch|python) (.+)$", lab_runs.PAGE, re.M)
+    runs = [words for words in map(shlex.split, commands) if words[0] in ("lite_ppo.py", "dapo.py")]
+    assert len(runs) == 11 == len(list((tmp_path / "runs").glob("*__s1/checkpoints")))
+    assert {picture.name for picture in (tmp_path / "runs" / "lab").glob("*.png")} == {f"{n}.png" for n in range(1, 11)}
+    for words in lab_runs.pictures():  # what a picture compares are two runs, and each metric is of one of them
+        metrics = [
+            json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+            for run in (next(tmp_path.glob(pattern)) for pattern in words[:2])
+        ]
+        assert all(any(name in row for row in metrics) for name in words[3].split(","))
+    others = [words for words in map(shlex.split, commands) if words not in runs and words[0] != "plots/curves.py"]
+    for words in others:
+        assert subprocess.run([sys.executable, *words], cwd=tmp_path).returncode in (
+            (0, 1) if "--line" in words else (0,)
+        ), words

@@ -302,6 +302,16 @@ def museum():
     return rows
 
 
+def answers():
+    hunt = load_module(ROOT / "lab" / "hunt.py")
+    rows = ["| | level | in | what goes wrong | what shows it in 20 steps |", "|---|---|---|---|---|"]
+    for number, path in hunt.bugs().items():
+        file = re.search(r"^\+\+\+ b/(.+)$", path.read_text(), re.M)[1]
+        told = f"[{file}](../tests/bugs/{path.name}) | {head(path, 'What')} | {head(path, 'Curve')}"
+        rows.append(f"| {number} | {hunt.difficulty(path)} | {told} |")
+    return rows
+
+
 def log_index():
     """GitHub's anchor of a title has no marks, and hyphens for its spaces"""
     titles = re.findall(r"^## (\S+) (.+)$", source("LOG.md"), re.M)
@@ -344,6 +354,8 @@ PAGES = {
         "figures": lambda: study().figures_markdown(),
         "metrics": metrics,
     },
+    "lab/README.md": {"lab": lambda: load_module(ROOT / "lab" / "runs.py").markdown()},
+    "lab/answers.md": {"answers": answers},
     "data/README.md": {"data": data, "models": models, "start": start},
     "tests/README.md": {"plan": node_plan, "constants": constants, "agreement": agreement, "museum": museum},
     "LOG.md": {"index": log_index},
