@@ -88,4 +88,4 @@ class Claim:
         verdict = self.verdict(table)
         bound = max(-low, high) if self.expect == "the same" else high
         verdict += f" (less than {bound:.3f})" if verdict in ("excluded", "not seen") else ""
-        return f"{self.text}: {verdict}, {mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+        return f"{self.text}: {verdict}, {mean:+.3f} [{low:+.3f}, {high:+.3f}]" + f" of {n} seeds" * (n > ENOUGH)

@@ -811,3 +811,27 @@ def test_a_report_in_a_browser(tmp_path):
     assert by_ratio.startswith("rgba(213, 94, 0") and by_entropy.startswith("rgba(0, 158, 115")
     pixels = importlib.import_module("matplotlib.image").imread(tmp_path / "shot.png")
     assert pixels.shape[:2] == (2000, 1000) and statistics.pstdev(pixels[..., 0].ravel()[::997].tolist()) > 0.05
+
+
+def test_what_the_explanations_leave():
+    """plots/README.md's numbers of the four: the difference that is left, over that of the study"""
+    modules, page = {module.__name__: module for module in study.figures()}, source("plots/README.md")
+
+    def effect(name, claim):
+        return modules[name].CLAIMS[claim].effect(study.load_table(modules[name], figure.FIGURES))[0]
+
+    left = {
+        1: -effect("why1_greedy", 0) / effect("fig04_norm", 1),
+        2: -effect("why2_steps", 0) / effect("fig05_std", 1),
+        8: effect("why8_limit", 0) / effect("fig13_overlong", 0),
+        9: -effect("why9_sampling", 0) / effect("fig15_lite_ppo", 1),
+    }
+    aligned = effect("why8_limit", 1) / effect("fig13_overlong", 1)
+    for text in (
+        f"{left[1]:.2f} of the lead",
+        f"{left[2]:.2f} of its lead",
+        f"{left[8]:.2f} and {aligned:.2f}",
+        f"{left[9]:.2f} is left",
+    ):
+        assert text in page.replace("\n  ", " ")
+    assert max(left[1], left[9]) < 1 / 3 and min(left[2], left[8], aligned) >= 2 / 3  # what each was decided by
