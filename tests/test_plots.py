@@ -815,7 +815,7 @@ def test_a_report_in_a_browser(tmp_path):
 
 def test_what_the_explanations_leave():
     """plots/README.md's numbers of the four: the difference that is left, over that of the study"""
-    modules, page = {module.__name__: module for module in study.figures()}, source("plots/README.md")
+    modules, page = {module.__name__: module for module in study.figures()}, (ROOT / "plots" / "README.md").read_text()
 
     def effect(name, claim):
         return modules[name].CLAIMS[claim].effect(study.load_table(modules[name], figure.FIGURES))[0]
