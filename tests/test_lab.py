@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import os
 import re
 import shlex
 import shutil
@@ -12,10 +13,11 @@ from fractions import Fraction
 import pytest
 import torch
 from by_hand import load_module
-from conftest import ROOT, copy_project
+from conftest import ROOT, copy_project, read_metrics
 
 import grpo
 from grpo import advantages, kl, policy_loss, token_weights
+from table import Table, read_table
 
 LAB = ROOT / "lab"
 loop, hunt, lab_runs = (load_module(LAB / f"{name}.py") for name in ("loop", "hunt", "runs"))
@@ -142,26 +144,65 @@ def test_the_hunts_numbers():
 
 
 def test_every_command_of_the_page(tmp_path):
-    """As typed, but that a run has one training step: what starts all runs, and a picture for each question."""
+    """As typed, but that a run has one training step and one evaluation set: what starts all runs, and a picture for each question."""
     copy_project(tmp_path)
     shutil.copytree(LAB, tmp_path / "lab")
-    for script in ("lite_ppo.py", "dapo.py"):
-        text = (tmp_path / script).read_text()
-        assert '"steps": (80,' in text
-        (tmp_path / script).write_text(text.replace('"steps": (80,', '"steps": (1,'))
+    (tmp_path / "tests" / "bugs").symlink_to(ROOT / "tests" / "bugs")
+    smaller = {
+        '"steps": (80,': '"steps": (1,',
+        '"eval_easy,eval_medium,eval_hard,eval_plus,eval_minus,eval_long"': '"eval_easy"',
+    }
+    for script in (tmp_path / "lite_ppo.py", tmp_path / "dapo.py"):
+        for usual, small in smaller.items():
+            assert usual in script.read_text()
+            script.write_text(script.read_text().replace(usual, small))
     subprocess.run([sys.executable, "lab/runs.py", "--seeds", "1"], cwd=tmp_path, check=True)
     commands = re.findall(r"^ +(?:accelerate launch|python) (.+)$", lab_runs.PAGE, re.M)
     runs = [words for words in map(shlex.split, commands) if words[0] in ("lite_ppo.py", "dapo.py")]
     assert len(runs) == 11 == len(list((tmp_path / "runs").glob("*__s1/checkpoints")))
     assert {picture.name for picture in (tmp_path / "runs" / "lab").glob("*.png")} == {f"{n}.png" for n in range(1, 11)}
     for words in lab_runs.pictures():  # what a picture compares are two runs, and each metric is of one of them
-        metrics = [
-            json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
-            for run in (next(tmp_path.glob(pattern)) for pattern in words[:2])
-        ]
-        assert all(any(name in row for row in metrics) for name in words[3].split(","))
+        rows = [row for pattern in words[:2] for row in read_metrics(next(tmp_path.glob(pattern)))]
+        assert set(words[3].split(",")) <= set().union(*rows)
     others = [words for words in map(shlex.split, commands) if words not in runs and words[0] != "plots/curves.py"]
-    for words in others:
-        assert subprocess.run([sys.executable, *words], cwd=tmp_path).returncode in (
-            (0, 1) if "--line" in words else (0,)
-        ), words
+    outside = os.environ | {"GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}
+    assert (
+        others == [["lab/hunt.py", "1"]]
+        and not subprocess.run([sys.executable, *others[0]], cwd=tmp_path, env=outside).returncode
+    )
+
+
+@pytest.mark.parametrize(
+    "flags, metric, measure, more",
+    [
+        ("--lr 1e-3", "rollout/accuracy", "end", False),
+        ("--lr 1e-3", "train/ratio_max", "area", True),
+        ("--data easy", "reward/std", "end", False),
+        ("--data easy", "adv/zero", "end", True),
+        ("--data easy", "eval/mean/accuracy", "end", False),
+        ("--wrong_reward -1", "reward/mean", "end", False),
+        ("--norm none", "rollout/accuracy", "end", True),
+        ("--norm none", "adv/zero", "end", False),
+        ("--loss_agg seq_mean", "rollout/truncated", "area", True),
+        ("--max_response_len 56", "rollout/truncated", "end", True),
+        ("--max_response_len 56", "rollout/accuracy", "end", False),
+        ("--temperature 0.6", "rollout/accuracy", "end", True),
+        ("--temperature 0.6", "rollout/entropy", "end", False),
+        ("--temperature 0.6", "eval/mean/accuracy", "end", False),
+        ("--minibatches 1", "train/ratio_max", "area", False),
+        ("--minibatches 1", "train/clip_low", "area", False),
+        ("--minibatches 1", "eval/mean/accuracy", "end", False),
+        ("--prompts_per_step 64 --group_size 2", "adv/zero", "end", True),
+        ("--prompts_per_step 64 --group_size 2", "train/grad_norm", "area", False),
+        ("dapo.py", "adv/zero", "end", False),
+        ("dapo.py", "time/step", "end", True),
+    ],
+)
+def test_what_an_answer_calls_visible(flags, metric, measure, more):
+    """Both seeds are on the same side of both of the usual run, and further from them than they are from each other."""
+    table = Table(read_table(LAB / "expected" / "lab.csv"))
+    command = flags if flags.endswith(".py") else f"lite_ppo.py {flags}"
+    usual, other = (sorted(table.value(c, metric, measure).values()) for c in ("lite_ppo.py", command))
+    assert len(usual) == len(other) == 2
+    assert other[0] > usual[1] if more else other[1] < usual[0]
+    assert abs(sum(other) - sum(usual)) / 2 > max(usual[1] - usual[0], other[1] - other[0])
