@@ -1,6 +1,6 @@
 """The lab's runs: the commands of its page, each with seeds 1 and 2, two runs at a time; then its pictures, and a table of all.
 
-python lab/runs.py      about ten minutes on two cores; one that was stopped goes on where it was
+python lab/runs.py      about twelve minutes on two cores; one that was stopped goes on where it was
 """
 
 import argparse
