@@ -27,7 +27,7 @@ TABLE = {  # of the page: metric, its column
     "reward/std": "rewards' std",
     "adv/zero": "advantages of 0",
     "train/clip_high": "clipped above",
-    "time/step": "seconds a step",
+    "time/generate": "seconds of sampling",
 }
 
 

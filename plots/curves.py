@@ -34,7 +34,7 @@ def flags_of_run(folder):
 
 def lines(folders):
     """-> {label: the rows of each of its runs}; a run that cannot be read is left out. A label is the script, where there are
-    several, and the flags that differ among its runs."""
+    several, and the flags that differ among its runs; runs with the same flags and seed are no seeds: each has its folder."""
     found = {folder: rows for folder in map(Path, folders) if (rows := read_metrics(folder))}
     flags, scripts, named = {folder: flags_of_run(folder) for folder in found}, {}, {}
     for mine in flags.values():
@@ -44,13 +44,16 @@ def lines(folders):
         differ = [name for name in mine if name != "seed" and len({other.get(name) for other in others}) > 1]
         parts = [mine.get("script", "")] * (len(scripts) > 1)
         label = ", ".join([*parts, *(f"{name}={mine[name]}" for name in differ)])
-        named.setdefault(label, []).append((folder, rows))
-    return {
-        (label or flags[runs[0][0]].get("script", "run")) + f" ({len(runs)} seeds)" * (len(runs) > 1): [
-            rows for _, rows in runs
-        ]
-        for label, runs in named.items()
-    }
+        named.setdefault(label or mine.get("script", "run"), []).append((folder, rows))
+    shown = {}
+    for label, runs in named.items():
+        if len({flags[folder].get("seed") for folder, _ in runs}) < len(
+            runs
+        ):  # the same run twice, such as of changed code
+            shown |= {f"{label}: {folder}": [rows] for folder, rows in runs}
+        else:
+            shown[label + f" ({len(runs)} seeds)" * (len(runs) > 1)] = [rows for _, rows in runs]
+    return shown
 
 
 def curve(runs, metric):

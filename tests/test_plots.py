@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -502,6 +503,8 @@ def test_curves_of_several_runs(tmp_path):
     (folders[3] / "args.json").write_text(json.dumps({"script": "grpo", "kl_coef": 0.04, "seed": 1}))
     assert list(curves.lines(folders)) == ["lite_ppo (3 seeds)", "grpo"]
     assert list(curves.lines(folders[:1])) == ["lite_ppo"]
+    again = Path(shutil.copytree(folders[0], tmp_path / "broken"))  # by changed code, the same flags and seed
+    assert list(curves.lines([folders[0], again])) == [f"lite_ppo: {folders[0]}", f"lite_ppo: {again}"]
     (folders[0] / "args.json").write_text('{"script": "li')
     (folders[1] / "args.json").unlink()
     assert list(curves.lines(folders[:2])) == [str(folder) for folder in folders[:2]]  # each stands for itself
