@@ -6,8 +6,8 @@ Paper: the higher bound slows the fall in aligned models, and changes little in 
 The paper does not name its data: medium here, as in figure 8. The entropy is that of the tokens as they were sampled: on a node of what
 top_p and top_k leave, where the paper's is of all tokens.)
 
-Here: 0.28 keeps the entropy of the aligned model (nats): not seen (less than 0.057), -0.007 [-0.070, +0.057];
-the base model's is the same (nats): not seen (less than 0.023), +0.011 [-0.001, +0.023];
+Here: 0.28 keeps the entropy of the aligned model (nats): not seen (less than 0.043), +0.009 [-0.026, +0.043] of 10 seeds;
+the base model's is the same (nats): not seen (less than 0.012), +0.005 [-0.002, +0.012] of 10 seeds;
 a lower clip of 0.10 keeps more of it than 0.30 (nats): seen, +0.141 [+0.104, +0.178].
 
 Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node shows the paper's:

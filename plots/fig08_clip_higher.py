@@ -4,8 +4,8 @@ Question: an upper clip of 0.28 against 0.20, base and aligned models: which end
 Paper: aligned models gain; base models do not, or are harmed (takeaway 4).
 (The clip figures take 128 updates of 8 responses on a rollout of 1,024, where the bounds clip most with training still stable: LOG.md.)
 
-Here: 0.28 helps the aligned model: not seen (less than 0.011), -0.006 [-0.024, +0.011];
-0.28 does not help the base model: not seen (less than 0.011), -0.000 [-0.011, +0.011].
+Here: 0.28 helps the aligned model: excluded (less than 0.002), -0.005 [-0.013, +0.002] of 10 seeds;
+0.28 does not help the base model: seen, +0.001 [-0.005, +0.007] of 10 seeds.
 
 Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node shows the paper's:
 

@@ -4,7 +4,7 @@ Question: the aligned model with an upper clip of 0.20, 0.24, 0.28 and 0.32: doe
 Paper: at 4B up to 0.32, the best; at 8B there is no order, and 0.28 is the best (takeaway 6).
 (The clip figures take 128 updates of 8 responses on a rollout of 1,024, where the bounds clip most with training still stable: LOG.md.)
 
-Here: accuracy rises from 0.20 to 0.32 (by a line through all four): not seen (less than 0.010), -0.003 [-0.017, +0.010].
+Here: accuracy rises from 0.20 to 0.32 (by a line through all four): excluded (less than 0.002), -0.003 [-0.009, +0.002] of 10 seeds.
 
 Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node shows the paper's:
 

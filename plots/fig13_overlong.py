@@ -7,9 +7,9 @@ are longer; the last only what never ends. The evaluation has the limit of the t
 
 Here: under the short limit the filter helps the base model: excluded (less than -0.013), -0.023 [-0.033, -0.013];
 under the short limit it helps the aligned model: excluded (less than -0.002), -0.009 [-0.016, -0.002];
-under the long limit it does not help the base model: seen, -0.015 [-0.018, -0.012];
+under the long limit it does not help the base model: seen, -0.014 [-0.016, -0.012] of 10 seeds;
 base, short limit: shorter with it (tokens): excluded (less than -0.263), -0.524 [-0.785, -0.263];
-base, long limit: longer with it (tokens): not seen (less than 5.235), +3.713 [+2.190, +5.235].
+base, long limit: longer with it (tokens): seen, +4.094 [+3.396, +4.792] of 10 seeds.
 
 Runs, each once a seed (--seed 1 and so on); --run starts them, --scale node shows the paper's:
 
