@@ -49,7 +49,8 @@ def draw(rows, effects):
         found = claim.differences(table)
         where = " and ".join(dict.fromkeys(map(panel, pair)))
         seen = f"{min(found):+.3f} to {max(found):+.3f} in {len(found)} seeds" if found else "no runs"
-        ax.set_title(f"{claim.text}\n{where}: {claim.measure} {seen}", fontsize=9, loc="left")
+        told = claim.text + ": the opposite" * bool(found and max(found) < 0)
+        ax.set_title(f"{told}\n{where}: {claim.measure} {seen}", fontsize=9, loc="left")
         ax.set(xlabel="training steps", ylabel=NAMES[claim.metric])
         ax.legend(fontsize=8)
     return figure
