@@ -66,12 +66,14 @@ def commit(run):
 
 
 def write_table(path, rows):
-    """A number has four digits, an empty cell is none."""
+    """A number has four digits, an empty cell is none; but a command stands in the first of its rows alone."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="") as f:
         table = csv.DictWriter(f, rows[0].keys(), lineterminator="\n")
         table.writeheader()
-        table.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+        for row, above in zip(rows, [{}, *rows]):
+            again = {"command": None} if "command" in row and row["command"] == above.get("command") else {}
+            table.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in (row | again).items()})
 
 
 def read_table(path):
@@ -83,7 +85,11 @@ def read_table(path):
         return text or None
 
     with open(path, newline="") as f:
-        return [{k: value(k, v) for k, v in row.items()} for row in csv.DictReader(f)]
+        rows = [{k: value(k, v) for k, v in row.items()} for row in csv.DictReader(f)]
+    for above, row in zip(rows, rows[1:]):
+        if "command" in row:
+            row["command"] = row["command"] or above["command"]
+    return rows
 
 
 def smooth(values, window=11, factor=0.8):
