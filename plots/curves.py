@@ -47,9 +47,8 @@ def lines(folders):
         named.setdefault(label or mine.get("script", "run"), []).append((folder, rows))
     shown = {}
     for label, runs in named.items():
-        if len({flags[folder].get("seed") for folder, _ in runs}) < len(
-            runs
-        ):  # the same run twice, such as of changed code
+        seeds = {flags[folder].get("seed") for folder, _ in runs}
+        if len(seeds) < len(runs):  # the same run twice, such as of changed code
             shown |= {f"{label}: {folder}": [rows] for folder, rows in runs}
         else:
             shown[label + f" ({len(runs)} seeds)" * (len(runs) > 1)] = [rows for _, rows in runs]
