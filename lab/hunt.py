@@ -25,6 +25,10 @@ def head(patch, field):
     return re.search(rf"^{field}: (.+)$", patch.read_text(), re.M)[1]
 
 
+def file_of(patch):
+    return re.search(r"^\+\+\+ b/(.+)$", patch.read_text(), re.M)[1]
+
+
 def difficulty(patch):
     """-> 1 to 3, from what the head of the patch says of curves"""
     curve = head(patch, "Curve")
@@ -57,7 +61,7 @@ def make(number):
 
 def wrong_line(number):
     """-> file and line of the bug in its copy; of a line that is gone, where it stood"""
-    file = re.search(r"^\+\+\+ b/(.+)$", bugs()[number].read_text(), re.M)[1]
+    file = file_of(bugs()[number])
     copy = folder_of(number) if folder_of(number).is_dir() else make(number)  # with the runs that were made there
     healthy, broken = ((root / file).read_text().splitlines() for root in (ROOT, copy))
     return file, next(i for i, (a, b) in enumerate(zip(healthy, broken), start=1) if a != b)

@@ -4,15 +4,16 @@ python lab/runs.py      about twelve minutes on two cores; one that was stopped 
 """
 
 import argparse
+import contextlib
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 LAB = Path(__file__).parent
 sys.path.append(str(LAB.parent / "plots"))
+import curves  # noqa: E402
 import figure  # noqa: E402
 from table import Table, read_table  # noqa: E402
 
@@ -61,17 +62,11 @@ if __name__ == "__main__":
     p.add_argument("--seeds", type=figure.positive, default=2, help="1, 2, ... of each command [%(default)s]")
     p.add_argument("--out", type=Path, default=LAB.parent / "runs" / "lab", help="of pictures and table [runs/lab]")
     args = p.parse_args()
+    args.out = args.out.absolute()
     args.out.mkdir(parents=True, exist_ok=True)
-    more = {
-        "scale": "laptop",
-        "steps": None,
-        "run": True,
-        "jobs": 2,
-        "runs": LAB.parent / "runs",
-        "out": args.out.absolute(),
-    }
-    failed = figure.run([as_figure()], SimpleNamespace(**{**vars(args), **more}))
-    for number, words in enumerate(pictures(), start=1):
-        command = [sys.executable, "plots/curves.py", *words, "--out", args.out.absolute() / f"{number}.png"]
-        failed += subprocess.run(command, cwd=LAB.parent).returncode
+    how = {"scale": "laptop", "steps": None, "run": True, "jobs": 2, "runs": LAB.parent / "runs"}
+    failed = figure.run([as_figure()], SimpleNamespace(seeds=args.seeds, out=args.out, **how))
+    with contextlib.chdir(LAB.parent):
+        for number, words in enumerate(pictures(), start=1):
+            curves.main([*words, "--out", str(args.out / f"{number}.png")])
     sys.exit(failed > 0)

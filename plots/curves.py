@@ -105,7 +105,7 @@ def draw(folders, out, metrics=tuple(PANELS)):
     return bool(shown)
 
 
-if __name__ == "__main__":
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="run folders, or patterns of them")
     parser.add_argument("--out", default="curves.png", help="the picture [%(default)s]")
@@ -113,7 +113,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "--csv", type=Path, help="a table of the same: mean and standard deviation over the seeds by step"
     )
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     folders = [found for name in args.runs for found in sorted(glob.glob(name)) or [name] if not found.endswith(".log")]
     metrics = args.metrics.split(",")
     if len(metrics) > 4:
@@ -124,3 +124,7 @@ if __name__ == "__main__":
     if args.csv:
         write_table(args.csv, rows_of(lines(folders), metrics))
         print(args.csv)
+
+
+if __name__ == "__main__":
+    main()

@@ -294,20 +294,20 @@ def data():
     return rows
 
 
+hunt = load_module(ROOT / "lab" / "hunt.py")
+
+
 def museum():
     rows = ["| bug | in | what goes wrong |", "|---|---|---|"]
     for path in PATCHES:
-        file = re.search(r"^\+\+\+ b/(.+)$", path.read_text(), re.M)[1]
-        rows.append(f"| [{path.stem}](bugs/{path.name}) | {file} | {head(path, 'What')} |")
+        rows.append(f"| [{path.stem}](bugs/{path.name}) | {hunt.file_of(path)} | {head(path, 'What')} |")
     return rows
 
 
 def answers():
-    hunt = load_module(ROOT / "lab" / "hunt.py")
     rows = ["| | level | in | what goes wrong | what shows it in 20 steps |", "|---|---|---|---|---|"]
     for number, path in hunt.bugs().items():
-        file = re.search(r"^\+\+\+ b/(.+)$", path.read_text(), re.M)[1]
-        told = f"[{file}](../tests/bugs/{path.name}) | {head(path, 'What')} | {head(path, 'Curve')}"
+        told = f"[{hunt.file_of(path)}](../tests/bugs/{path.name}) | {head(path, 'What')} | {head(path, 'Curve')}"
         rows.append(f"| {number} | {hunt.difficulty(path)} | {told} |")
     return rows
 
