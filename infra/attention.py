@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from infra.packs import gather, spread
 
 SCORE_ROWS = 256  # tokens whose attention is written out at a time: 1.3 GiB with its gradients, 32 heads, 10k tokens
-CPU_ROWS = 8  # sequences that are padded to the longest of them, on a CPU
+CPU_ROWS = 4  # sequences that are padded to the longest of them, on a CPU
 
 
 def packed_attention(

@@ -92,7 +92,7 @@ def minibatches(batch, in_loss, has_gradient, count, tokens_per_gpu):
             else:
                 packs[r].append([i])
         most = max([len(p) for p in packs] + [any(in_loss[i] for i in part.tolist())])
-        mine = [Pack(batch, sorted(pack)) for pack in packs[rank()] + [[]] * (most - len(packs[rank()]))]
+        mine = [Pack(batch, pack) for pack in packs[rank()] + [[]] * (most - len(packs[rank()]))]
         for pack in mine[-1:]:
             pack.last = True
         minis.append(mine)

@@ -17,7 +17,7 @@ from bench_cores import ROOT, start
 
 ROUNDS = 3
 PHASES = "time/generate", "time/old_logp", "time/update", "time/step", "time/eval"
-RATES = "perf/generate_tokens_per_s", "perf/train_tokens_per_s"
+RATES = "perf/generate_tokens_per_s", "perf/train_tokens_per_s", "tokens_per_s of a step"
 
 
 def measure(root, steps):
@@ -25,6 +25,8 @@ def measure(root, steps):
     with tempfile.TemporaryDirectory() as scratch:
         assert start(Path(scratch) / "run", steps, root).wait() == 0
         rows = [json.loads(line) for line in (Path(scratch) / "run" / "metrics.jsonl").read_text().splitlines()]
+    for row in rows[1:-1]:
+        row[RATES[2]] = row[RATES[0]] * row[PHASES[0]] / row[PHASES[3]]
     found = {name: statistics.median(row.get(name, 0) for row in rows[1:-1]) for name in PHASES[:-1] + RATES}
     return found | {PHASES[-1]: rows[-1][PHASES[-1]]}
 

@@ -185,6 +185,8 @@ def test_every_response_is_trained_once(seed, minibatches, processes, budget, da
             len({len(plan[m]) for plan in plans}) == 1
         )  # as many on every process, or they wait for each other forever
         assert all(len(pack.ids) <= budget for pack in made)
+        # of like length side by side, so that a CPU, which pads a few at a time, pads little
+        assert all(pack.lengths == sorted(pack.lengths, reverse=True) for pack in made)
 
 
 def gradient(batch, minibatches, budget):
