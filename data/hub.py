@@ -70,8 +70,8 @@ def main(argv=None):
     p.add_argument("name", help="Which, see above.")
     p.add_argument("--columns", default="", help="Columns of the data set, where they have other names than usual.")
     args = p.parse_args(argv)
-    columns = dict(pair.split("=", 1) for pair in args.columns.split(",") if "=" in pair)
-    if columns.keys() - {"problem", "answer"} or (args.columns and not columns):
+    columns = dict(pair.partition("=")[::2] for pair in args.columns.split(",") if pair)
+    if columns.keys() - {"problem", "answer"} or not all(columns.values()):
         fail(f"--columns {args.columns}: give problem=COLUMN, answer=COLUMN or both, a comma between")
     rows = of_gym(args.name) if args.name.startswith("reasoning_gym:") else of_hub(args.name, columns)
     path = hub_file(args.name, args.columns)

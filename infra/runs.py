@@ -195,12 +195,12 @@ class Log:
             append_jsonl(self.folder / "clipped.jsonl", [{"step": step} | named])
 
     def write_shown(self, step):
-        """Rows of tokens.jsonl: of the last pack of the step the first response and the one with most tokens clipped by
-        the upper bound, or else by the lower, token by token"""
+        """Rows of tokens.jsonl: of the last pack of the step the response with the lowest index, which says nothing of its
+        length, and the one with most tokens clipped by the upper bound, or else by the lower, token by token"""
         batch, pack, values, adv, clips = self.shown
         clipped = pack.rows[clips["high"] if clips["high"].any() else clips["low"]]
         most = clipped.mode().values[None] if len(clipped) else clipped
-        for i in dict.fromkeys([*pack.rows[:1].tolist(), *most.tolist()]):
+        for i in dict.fromkeys([int(pack.rows.min()), *most.tolist()]):
             mine, problem = pack.rows == i, batch[i].problem
             row = {"step": step, "problem": problem["problem"], "answer": problem["answer"], "adv": adv[mine][0].item()}
             row["tokens"] = [self.tokenizer.decode([token]) for token in batch[i].ids.tolist()]

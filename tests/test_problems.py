@@ -203,6 +203,8 @@ def test_a_data_set_of_the_hub(hub, tmp_path):
             "none of the columns solution for the answer; it has q",
         ),
         (["openai/gsm8k:main:train", "--columns", "solution"], "--columns solution: give problem=COLUMN"),
+        (["openai/gsm8k:main:train", "--columns", "problem=question,answer"], "answer: give problem=COLUMN"),
+        (["openai/gsm8k:main:train", "--columns", "answer="], "--columns answer=: give problem=COLUMN"),
         (["openai/gsm8k:main:train", "--columns", "level=note"], "--columns level=note: give problem=COLUMN"),
         (["reasoning_gym:chain_sum"], "pip install reasoning-gym"),
     ],

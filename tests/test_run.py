@@ -330,6 +330,7 @@ def test_a_terminal_that_knows_few_characters(tmp_path):
     few = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, env=few)
     assert done.returncode == 0 and b" ? 0." in done.stdout, done.stderr
+    assert b"no run has it" not in done.stderr  # of an evaluation alone nobody expects the curves of training
 
 
 def test_an_adapters_base_is_found_from_any_folder(tmp_path, monkeypatch):
