@@ -404,7 +404,7 @@ def freeze_old_logp(log, model, packs):
     off, limit = off / tokens, STALE[compute_dtype()]
     if not off <= limit:  # nor is it when the engine's are no numbers
         why = f"their log-probabilities are {off:.4f} nats apart (healthy: below {limit})"
-        advice = "Is engine.load(model) called before engine.generate?"
+        advice = "Is engine.load(model) called before engine.generate? If so, one of the two computes them wrongly"
         log.stop(f"the engine samples from another model than the trainer's: {why}. {advice}")
 
 

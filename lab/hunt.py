@@ -10,6 +10,7 @@ The answers are in lab/answers.md.
 
 import argparse
 import hashlib
+import itertools
 import re
 import shutil
 import subprocess
@@ -60,11 +61,14 @@ def make(number):
 
 
 def wrong_line(number):
-    """-> file and line of the bug in its copy; of a line that is gone, where it stood"""
-    file = file_of(bugs()[number])
-    copy = folder_of(number) if folder_of(number).is_dir() else make(number)  # with the runs that were made there
-    healthy, broken = ((root / file).read_text().splitlines() for root in (ROOT, copy))
-    return file, next(i for i, (a, b) in enumerate(zip(healthy, broken), start=1) if a != b)
+    """-> file and line of the bug in its copy, as it was made; of a line that is gone, where it stood"""
+    patch = bugs()[number]
+    hunk = patch.read_text().split("\n@@ ")[1].splitlines()[1:]
+    before = len(list(itertools.takewhile(lambda line: line[:1] not in "+-" or not line, hunk)))
+    old = [line[1:] for line in hunk if not line.startswith("+")]
+    healthy = (ROOT / file_of(patch)).read_text().splitlines()
+    at = next(i for i in range(len(healthy)) if healthy[i : i + len(old)] == old)
+    return file_of(patch), at + before + 1
 
 
 def commands(number):
@@ -91,7 +95,9 @@ def main():
             sep="\n    ",
         )
     else:
-        file, line = args.line.rsplit(":", 1)
+        file, _, line = args.line.rpartition(":")
+        if not line.isdigit():
+            p.error(f"--line {args.line}: give FILE:LINE, such as infra/packs.py:64")
         found, at = wrong_line(args.number)
         right = file.endswith(found) and abs(int(line) - at) <= NEAR
         print("that is it" if right else "the file is right" if file.endswith(found) else "no")

@@ -1,6 +1,6 @@
 """The lab's runs: the commands of its page, each with seeds 1 and 2, two runs at a time; then its pictures, and a table of all.
 
-python lab/runs.py      about twelve minutes on two cores; one that was stopped goes on where it was
+python lab/runs.py      twelve to eighteen minutes on two cores; one that was stopped goes on where it was
 """
 
 import argparse
@@ -28,7 +28,6 @@ TABLE = {  # of the page: metric, its column
     "reward/std": "rewards' std",
     "adv/zero": "advantages of 0",
     "train/clip_high": "clipped above",
-    "time/generate": "seconds of sampling",
 }
 
 

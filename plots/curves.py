@@ -82,6 +82,11 @@ def draw(folders, out, metrics=tuple(PANELS)):
             steps, values = curve(runs, metric)
             if not len(steps):
                 continue
+            last = max(row["step"] for rows in runs for row in rows if row.get(metric) is not None)
+            if last > steps[-1]:
+                print(
+                    f"{label}, {metric}: to step {steps[-1]}, where one of the runs ends, not {last}", file=sys.stderr
+                )
             mean, look = values.mean(0), {"color": f"C{k}", "marker": "o" if len(steps) < 20 else None, "markersize": 4}
             ax.plot(steps, mean, label=label, **look)
             if len(values) > 1:

@@ -88,7 +88,10 @@ def run(modules, args):
     missing = {run[:2] for module in usual for run in mine[module] if run[:2] not in kept[module]}
     todo = {out: full for c, seed, full, out in found if (c, seed) in missing}
     todo = [(full, out) for out, full in todo.items()]  # no folder twice
-    failed = launch(todo, 1 if node else args.jobs, ("accelerate", "launch") if node else (sys.executable,))
+    try:
+        failed = launch(todo, 1 if node else args.jobs, ("accelerate", "launch") if node else (sys.executable,))
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from here")
     for module in modules:
         try:
             rows = merged_rows(module, mine[module], kept[module], args) if module in usual else module.run(args)
@@ -136,10 +139,7 @@ def work(modules, args):
     if args.scale == "node" and not args.run:
         print("\n".join(pasteable(modules, args)))
         return 0
-    try:
-        failed = run(modules, args) if args.run else 0
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on from here")
+    failed = run(modules, args) if args.run else 0
     for module in modules:
         if table_path(module, args.out).is_file():
             print(draw(module, args.out))

@@ -129,7 +129,8 @@ def test_a_bug_of_the_hunt(number, tmp_path, monkeypatch, capsys):
         and changed[0][1] == line - 1
         and all(b - a <= 1 for a, b in (changed[0][1:3], changed[0][3:]))
     )
-    for guess, status, told in ((line, 0, "that is it"), (line + 40, 1, "the file is right")):
+    (tmp_path / "hunt" / f"{number:02d}" / file).write_text("print()\n" * 10)  # as one who searches may leave it
+    for guess, status, told in ((line, 0, "that is it"), (line + 40, 1, "the file is right"), ("", 2, "")):
         monkeypatch.setattr(sys, "argv", ["hunt.py", str(number), "--line", f"hunt/{number:02d}/{file}:{guess}"])
         with pytest.raises(SystemExit) as ended:
             hunt.main()
@@ -197,7 +198,6 @@ def test_every_command_of_the_page(tmp_path):
         ("--prompts_per_step 64 --group_size 2", "adv/zero", "end", True),
         ("--prompts_per_step 64 --group_size 2", "train/grad_norm", "area", False),
         ("dapo.py", "adv/zero", "end", False),
-        ("dapo.py", "time/generate", "end", True),
     ],
 )
 def test_what_an_answer_calls_visible(flags, metric, measure, more):

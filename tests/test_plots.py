@@ -518,9 +518,8 @@ def test_curves_by_a_pattern_as_a_table(tmp_path):
         (folder / "args.json").write_text(json.dumps({"script": "lite_ppo", "seed": seed}))
         (tmp_path / f"run__s{seed}.log").write_text("")
     where = ["--out", tmp_path / "c.png", "--csv", tmp_path / "c.csv", "--metrics", "reward/std,eval/easy/accuracy"]
-    done = subprocess.run(
-        [sys.executable, "plots/curves.py", f"{tmp_path}/run__*", *where], cwd=ROOT, capture_output=True, text=True
-    )
+    command = [sys.executable, "plots/curves.py", f"{tmp_path}/run__*", *where]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and not done.stderr, done.stderr
     rows = tables.read_table(tmp_path / "c.csv")
     assert {row["metric"] for row in rows} == {"reward/std", "eval/easy/accuracy"} and len(rows) == 12 + 4
@@ -529,6 +528,10 @@ def test_curves_by_a_pattern_as_a_table(tmp_path):
     assert row["runs"] == "lite_ppo (2 seeds)" and row["seeds"] == 2
     assert row["mean"] == pytest.approx(np.mean(ends), rel=1e-3)
     assert row["sd"] == pytest.approx(np.std(ends, ddof=1), rel=1e-3)
+    short = tmp_path / "run__s2" / "metrics.jsonl"  # a run that goes on
+    short.write_text("".join(short.read_text().splitlines(True)[:5]))
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert "(2 seeds), reward/std: to step 4, where one of the runs ends, not 11" in done.stderr
 
 
 def test_curves_of_nothing(tmp_path):

@@ -307,7 +307,9 @@ def museum():
 def answers():
     rows = ["| | level | in | what goes wrong | what shows it in 20 steps |", "|---|---|---|---|---|"]
     for number, path in hunt.bugs().items():
-        told = f"[{hunt.file_of(path)}](../tests/bugs/{path.name}) | {head(path, 'What')} | {head(path, 'Curve')}"
+        told = (
+            f"{hunt.file_of(path)}, [patch](../tests/bugs/{path.name}) | {head(path, 'What')} | {head(path, 'Curve')}"
+        )
         rows.append(f"| {number} | {hunt.difficulty(path)} | {told} |")
     return rows
 

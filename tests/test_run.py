@@ -704,7 +704,7 @@ lite_ppo.main()
 
 
 def test_the_engines_probabilities_do_as_well(tmp_path, monkeypatch):
-    """Where sampling is from all tokens and the precision is the same; one pack of each rollout is computed again, for the canary."""
+    """Where sampling is from all tokens and the precision is the same; one pack of each rollout is computed again, to be compared with the engine."""
     rows = {}
     for how in ("rollout", "recompute"):
         flags = [*SMALL, "--tokens_per_gpu", 200, "--old_logp", how, "--out", tmp_path / how]
