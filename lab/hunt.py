@@ -64,7 +64,7 @@ def wrong_line(number):
     """-> file and line of the bug in its copy, as it was made; of a line that is gone, where it stood"""
     patch = bugs()[number]
     hunk = patch.read_text().split("\n@@ ")[1].splitlines()[1:]
-    before = len(list(itertools.takewhile(lambda line: line[:1] not in "+-" or not line, hunk)))
+    before = len(list(itertools.takewhile(lambda line: not line.startswith(("+", "-")), hunk)))
     old = [line[1:] for line in hunk if not line.startswith("+")]
     healthy = (ROOT / file_of(patch)).read_text().splitlines()
     at = next(i for i in range(len(healthy)) if healthy[i : i + len(old)] == old)

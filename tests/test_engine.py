@@ -42,6 +42,7 @@ def generate(engine, policy, n=8, problems=None, step=0, sampling=None):
     engine.wake()
     engine.load(policy)
     batch = engine.generate(problems or make_problems(engine.tokenizer), n, step, sampling)
+    assert not any(r.ids.is_inference() or r.engine_logp.is_inference() for r in batch)  # one may change them in place
     engine.sleep()
     return batch
 
