@@ -75,7 +75,8 @@ def minibatches(batch, in_loss, has_gradient, count, tokens_per_gpu):
 
     in_loss, has_gradient (N,) bool: is a response in the loss; has it a gradient, so that it needs a pass? A mini-batch
     with nothing in the loss has no packs; one without a gradient has an empty one: a step with a gradient of 0. By cost,
-    the most expensive first, a response goes to the least loaded process, there into the first pack with room."""
+    the most expensive first, a response goes to the least loaded process, there into the first pack with room, which so
+    has its longest first."""
     in_loss, has_gradient = in_loss.tolist(), has_gradient.tolist()
     lengths = [len(r.problem["prompt_ids"]) + len(r.ids) for r in batch]
     minis = []

@@ -1,6 +1,7 @@
 """What every figure's file does when it is run: it starts the runs that are missing, makes the table, draws the picture."""
 
 import argparse
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +76,15 @@ def pasteable(modules, args):
     return [f"accelerate launch {full}" for _, _, full in runs_of(modules, args)]
 
 
+@contextlib.contextmanager
+def stoppable():
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from here")
+
+
+@stoppable()
 def run(modules, args):
     """Starts what is missing and makes the tables; -> how many runs failed"""
     node = args.scale == "node"
@@ -88,10 +98,7 @@ def run(modules, args):
     missing = {run[:2] for module in usual for run in mine[module] if run[:2] not in kept[module]}
     todo = {out: full for c, seed, full, out in found if (c, seed) in missing}
     todo = [(full, out) for out, full in todo.items()]  # no folder twice
-    try:
-        failed = launch(todo, 1 if node else args.jobs, ("accelerate", "launch") if node else (sys.executable,))
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on from here")
+    failed = launch(todo, 1 if node else args.jobs, ("accelerate", "launch") if node else (sys.executable,))
     for module in modules:
         try:
             rows = merged_rows(module, mine[module], kept[module], args) if module in usual else module.run(args)

@@ -26,7 +26,7 @@ def measure(root, steps):
         assert start(Path(scratch) / "run", steps, root).wait() == 0
         rows = [json.loads(line) for line in (Path(scratch) / "run" / "metrics.jsonl").read_text().splitlines()]
     for row in rows[1:-1]:
-        row[RATES[2]] = row[RATES[0]] * row[PHASES[0]] / row[PHASES[3]]
+        row[RATES[-1]] = row["perf/generate_tokens_per_s"] * row["time/generate"] / row["time/step"]
     found = {name: statistics.median(row.get(name, 0) for row in rows[1:-1]) for name in PHASES[:-1] + RATES}
     return found | {PHASES[-1]: rows[-1][PHASES[-1]]}
 

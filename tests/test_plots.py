@@ -534,6 +534,19 @@ def test_curves_by_a_pattern_as_a_table(tmp_path):
     assert "(2 seeds), reward/std: to step 4, where one of the runs ends, not 11" in done.stderr
 
 
+@pytest.mark.parametrize("where", ["launch", "fig02_difficulty.run"])
+def test_ctrl_c_ends_in_a_line(where, tmp_path, monkeypatch):
+    """While the runs go on, and in what a figure starts by itself"""
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    name, _, call = where.rpartition(".")
+    monkeypatch.setattr(sys.modules[name or "figure"], call, stopped)
+    with pytest.raises(SystemExit, match="stopped; the same command goes on"):
+        figure.run([sys.modules["fig02_difficulty"]], settings(tmp_path))
+
+
 def test_curves_of_nothing(tmp_path):
     """A folder that is no run, a metric that nobody logged: a line each, status 1 and no empty picture"""
     run, out = fake_run(tmp_path / "run"), tmp_path / "curves.png"
